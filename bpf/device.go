@@ -1,0 +1,136 @@
+package bpf
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Device is a whole block device as the kernel sees it now.
+type Device struct {
+	Path    string // as given
+	Name    string // kernel name, such as "loop0"
+	Major   uint32
+	Minor   uint32
+	Size    int64  // bytes
+	DiskSeq uint64 // 0 where the kernel has none (before 5.15)
+	// BioBased tells that writes complete as bios and not as requests.
+	BioBased bool
+}
+
+// key is how the programs name the device: MKDEV of include/linux/kdev_t.h.
+func (d Device) key() uint32 { return d.Major<<20 | d.Minor }
+
+// Number is the device number as lsblk prints it.
+func (d Device) Number() string { return fmt.Sprintf("%d:%d", d.Major, d.Minor) }
+
+// Lookup describes the block device at path. Errors wrap ErrNotBlock,
+// ErrPartition, ErrUntrackable or fs.ErrNotExist.
+func Lookup(path string) (Device, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return Device{}, &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFBLK {
+		return Device{}, fmt.Errorf("%s: %w", path, ErrNotBlock)
+	}
+	d := Device{Path: path, Major: unix.Major(st.Rdev), Minor: unix.Minor(st.Rdev)}
+	sys, err := filepath.EvalSymlinks("/sys/dev/block/" + d.Number())
+	if err != nil {
+		return Device{}, fmt.Errorf("%s: %w", path, err)
+	}
+	d.Name = filepath.Base(sys)
+	if _, err := os.Stat(filepath.Join(sys, "partition")); err == nil {
+		return Device{}, fmt.Errorf("%s: %w (/dev/%s)", path, ErrPartition, filepath.Base(filepath.Dir(sys)))
+	}
+	sectors, err := readUint(filepath.Join(sys, "size"))
+	if err != nil {
+		return Device{}, fmt.Errorf("%s: %w", path, err)
+	}
+	d.Size = int64(sectors) * 512
+	d.DiskSeq, err = readUint(filepath.Join(sys, "diskseq"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return Device{}, fmt.Errorf("%s: %w", path, err)
+	}
+	_, err = os.Stat(filepath.Join(sys, "mq"))
+	d.BioBased = err != nil
+	if why := invisible(sys, d.Name); why != "" {
+		return Device{}, fmt.Errorf("%s: %w: %s", path, ErrUntrackable, why)
+	}
+	return d, nil
+}
+
+// invisible says why writes to the device bypass the tracepoints, or nothing.
+func invisible(sys, name string) string {
+	if dax, err := readUint(filepath.Join(sys, "queue/dax")); err == nil && dax == 1 {
+		return "it supports DAX, which writes without the block layer"
+	}
+	// These drivers had an rw_page operation, removed in 6.3, which writes pages
+	// without a bio.
+	for _, driver := range []string{"ram", "zram", "pmem", "btt"} {
+		if rest, ok := strings.CutPrefix(name, driver); ok && strings.TrimLeft(rest, "0123456789.s") == "" && kernelBefore(6, 4) {
+			return "on this kernel its driver writes pages without a bio (rw_page)"
+		}
+	}
+	return ""
+}
+
+func kernelBefore(major, minor int) bool {
+	var u unix.Utsname
+	if unix.Uname(&u) != nil {
+		return true
+	}
+	var a, b int
+	if n, _ := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &a, &b); n != 2 {
+		return true
+	}
+	return a < major || a == major && b < minor
+}
+
+func readUint(path string) (uint64, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return 0, err
+	}
+	return strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64)
+}
+
+// inflightWrites is the number of writes the device has not completed yet.
+func (d Device) inflightWrites() (uint64, error) {
+	b, err := os.ReadFile("/sys/dev/block/" + d.Number() + "/inflight")
+	if err != nil {
+		return 0, err
+	}
+	f := strings.Fields(string(b))
+	if len(f) != 2 {
+		return 0, fmt.Errorf("%s: inflight: %q", d.Name, b)
+	}
+	return strconv.ParseUint(f[1], 10, 64)
+}
+
+// bootID tells one boot of this host from another.
+func bootID() ([16]byte, error) {
+	var id [16]byte
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return id, err
+	}
+	s := strings.ReplaceAll(strings.TrimSpace(string(b)), "-", "")
+	for i := range id {
+		if len(s) < 2*i+2 {
+			return id, fmt.Errorf("boot_id: %q", b)
+		}
+		v, err := strconv.ParseUint(s[2*i:2*i+2], 16, 8)
+		if err != nil {
+			return id, fmt.Errorf("boot_id: %w", err)
+		}
+		id[i] = byte(v)
+	}
+	return id, nil
+}

@@ -1,0 +1,16 @@
+package bpf
+
+import "errors"
+
+// What can keep a device from being tracked. All are wrapped with context.
+var (
+	ErrPermission    = errors.New("needs root (CAP_BPF, CAP_PERFMON and CAP_SYS_ADMIN)")
+	ErrNoBTF         = errors.New("the kernel has no BTF (CONFIG_DEBUG_INFO_BTF, /sys/kernel/btf/vmlinux)")
+	ErrNotBlock      = errors.New("not a block device")
+	ErrPartition     = errors.New("a partition: give the whole disk")
+	ErrUntrackable   = errors.New("writes to it can't be seen by block tracepoints")
+	ErrNotRegistered = errors.New("not tracked")
+	ErrBusy          = errors.New("in use by another tidemark process")
+	ErrFull          = errors.New("no slot free for another device")
+	ErrReplaced      = errors.New("another device has taken its number")
+)

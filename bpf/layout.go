@@ -1,0 +1,125 @@
+package bpf
+
+// The same numbers stand in layout.h; TestLayoutMatchesHeader compares them.
+const (
+	layoutVersion = 1
+	maxDevices    = 256
+	maxInflight   = 65536
+	maxDiscards   = 1024
+	copies        = 3
+	headerWords   = 64
+	hostWords     = 8
+	hdrTaint      = 0
+)
+
+// Words of an epoch's header that belong to userspace.
+const (
+	hdrMagic    = 1
+	hdrShift    = 2
+	hdrGranules = 3
+	hdrSize     = 4
+	hdrDev      = 5
+	hdrDiskSeq  = 6
+	hdrID       = 7 // and 8
+	hdrFirst    = 9
+	hdrLast     = 10
+	hdrClosed   = 11 // 1: the losses below are those of the whole epoch
+	hdrOpenedAt = 12
+	hdrClosedAt = 13
+	hdrLoss     = 14
+	hdrHostBase = 15 // and 16: hostNoEpoch, hostPassthrough when opened
+	hdrSectors  = 17 // sectors submitted, when opened; at close the difference
+	hdrMissBase = 20 // one word per program, when opened
+	hdrMissed   = 32 // one word per program, at close: missed while open
+	hdrInstance = 44
+)
+
+const headerMagic = 0x5449_4445_4550_0000 | layoutVersion // "TIDEP"
+
+// Words of the host map.
+const (
+	hostNoEpoch     = 0
+	hostPassthrough = 1
+)
+
+// Taint says why an epoch's bitmap may lack a write: bits set by the programs.
+type Taint uint64
+
+// Bits of Taint.
+const (
+	TaintRange Taint = 1 << iota
+	TaintBitmap
+	TaintInflight
+	TaintPassthrough
+	TaintOpcode
+	TaintDiscards
+)
+
+// Loss says why an epoch's bitmap may lack a write: found when it was closed.
+type Loss uint64
+
+// Bits of Loss.
+const (
+	LossMissed      Loss = 1 << iota // every copy of a program missed an event
+	LossDetached                     // a link was not the one it was when the epoch began
+	LossHost                         // a loss that could not be blamed on a device
+	LossReplaced                     // another diskseq under the same number
+	LossResized                      // the device's size changed
+	LossUndrained                    // writes in flight when tracking began may not have been seen
+	LossPassthrough                  // a passthrough command on a queue shared by several devices
+)
+
+var taintText = []struct {
+	bit  Taint
+	text string
+}{
+	{TaintRange, "a write beyond the size the device had"},
+	{TaintBitmap, "a bit of the bitmap could not be set"},
+	{TaintInflight, "the table of writes in flight was full"},
+	{TaintPassthrough, "a passthrough command bypassed the block layer's bios"},
+	{TaintOpcode, "an operation whose range is not known (zone append or reset)"},
+	{TaintDiscards, "a request with too many discards"},
+}
+
+var lossText = []struct {
+	bit  Loss
+	text string
+}{
+	{LossMissed, "the kernel dropped tracing events (recursion misses in every copy of a program)"},
+	{LossDetached, "a tracking program was detached"},
+	{LossHost, "an event found no epoch"},
+	{LossReplaced, "another device has taken the same number (diskseq changed)"},
+	{LossResized, "the device was resized"},
+	{LossUndrained, "writes in flight when tracking began could not be waited for"},
+	{LossPassthrough, "a passthrough command on a controller's queue may have written to any of its devices"},
+}
+
+// Reasons says each bit in words, for a person.
+func (t Taint) Reasons() []string {
+	var out []string
+	for _, e := range taintText {
+		if t&e.bit != 0 {
+			out = append(out, e.text)
+			t &^= e.bit
+		}
+	}
+	if t != 0 {
+		out = append(out, "an unknown taint")
+	}
+	return out
+}
+
+// Reasons says each bit in words, for a person.
+func (l Loss) Reasons() []string {
+	var out []string
+	for _, e := range lossText {
+		if l&e.bit != 0 {
+			out = append(out, e.text)
+			l &^= e.bit
+		}
+	}
+	if l != 0 {
+		out = append(out, "an unknown loss")
+	}
+	return out
+}

@@ -1,0 +1,378 @@
+package bpf
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/rlimit"
+	"golang.org/x/sys/unix"
+)
+
+// programs are the tracepoint programs, each of which is attached copies times.
+var programs = []string{"bio_queue", "rq_complete", "bio_complete", "rq_issue"}
+
+// Misses counts, per program and copy, the events the kernel did not give it:
+// index program*copies + copy, programs in the order of [ProgramNames].
+type Misses [12]uint64
+
+// ProgramNames are the tracking programs in the order of Misses.
+func ProgramNames() []string { return append([]string(nil), programs...) }
+
+// Options of Open.
+type Options struct {
+	// Dir is the directory in bpffs; DefaultDir if empty.
+	Dir string
+	// Misses replaces the reading of the kernel's counters: the seam
+	// through which a test makes an event be lost. Nil in all other use.
+	Misses func(kernel Misses) Misses
+}
+
+// Tracker is the set of programs attached on this host. Its methods are safe
+// for concurrent use, also by several processes.
+type Tracker struct {
+	dir      string
+	maps     trackerMaps
+	meta     *ebpf.Map
+	links    [12]link.Link
+	progs    [12]*ebpf.Program
+	hostMap  *mapping
+	instance uint64
+	linkIDs  [12]uint32
+	since    time.Time
+	fresh    string
+	seam     func(Misses) Misses
+
+	mu   sync.Mutex
+	open map[*Registration]struct{}
+}
+
+// Words of the meta map.
+const (
+	metaMagic    = 0
+	metaInstance = 1
+	metaBoot     = 2 // and 3
+	metaSince    = 4
+	metaLinks    = 5 // 12 words
+	metaWords    = 32
+)
+
+// Open adopts the tracker that is pinned, or attaches a new one if there is
+// none, or if what is pinned can't be trusted: then every device has to be
+// registered again. It needs root. Errors wrap ErrPermission or ErrNoBTF.
+func Open(o Options) (*Tracker, error) {
+	if o.Dir == "" {
+		o.Dir = DefaultDir
+	}
+	if _, err := os.Stat("/sys/kernel/btf/vmlinux"); err != nil {
+		return nil, ErrNoBTF
+	}
+	if os.Geteuid() != 0 {
+		return nil, fmt.Errorf("tracking writes: %w", ErrPermission)
+	}
+	// Kernels before 5.11 charge BPF memory to RLIMIT_MEMLOCK.
+	if err := rlimit.RemoveMemlock(); err != nil {
+		return nil, fmt.Errorf("lift the memlock limit: %w", err)
+	}
+	lock, err := openDir(o.Dir)
+	if err != nil {
+		return nil, permission(err)
+	}
+	defer func() { _ = lock.Close() }()
+
+	t := &Tracker{dir: o.Dir, seam: o.Misses, open: map[*Registration]struct{}{}}
+	err = t.adopt()
+	if err == nil {
+		return t, nil
+	}
+	t.fresh = err.Error()
+	t.closeAll()
+	if err := clearDir(o.Dir); err != nil {
+		return nil, permission(err)
+	}
+	if err := t.attach(); err != nil {
+		t.closeAll()
+		return nil, permission(fmt.Errorf("attach the tracker: %w", err))
+	}
+	return t, nil
+}
+
+func permission(err error) error {
+	if errors.Is(err, os.ErrPermission) && os.Geteuid() != 0 {
+		return fmt.Errorf("%w: %w", ErrPermission, err)
+	}
+	return err
+}
+
+// Fresh says why nothing was adopted, or is empty if the pinned tracker was.
+func (t *Tracker) Fresh() string { return t.fresh }
+
+// Since is when the programs were attached.
+func (t *Tracker) Since() time.Time { return t.since }
+
+// LinkIDs are the kernel's IDs of the links, in the order of Misses.
+func (t *Tracker) LinkIDs() [12]uint32 { return t.linkIDs }
+
+// Close releases this process' descriptors. Tracking goes on.
+func (t *Tracker) Close() error {
+	t.mu.Lock()
+	regs := make([]*Registration, 0, len(t.open))
+	for r := range t.open {
+		regs = append(regs, r)
+	}
+	t.mu.Unlock()
+	var errs []error
+	for _, r := range regs {
+		errs = append(errs, r.Close())
+	}
+	t.closeAll()
+	return errors.Join(errs...)
+}
+
+func (t *Tracker) closeAll() {
+	if t.hostMap != nil {
+		t.hostMap.close()
+		t.hostMap = nil
+	}
+	for i := range t.links {
+		if t.links[i] != nil {
+			_ = t.links[i].Close()
+			t.links[i] = nil
+		}
+		if t.progs[i] != nil {
+			_ = t.progs[i].Close()
+			t.progs[i] = nil
+		}
+	}
+	_ = t.maps.Close()
+	t.maps = trackerMaps{}
+	if t.meta != nil {
+		_ = t.meta.Close()
+		t.meta = nil
+	}
+}
+
+// Remove detaches every program and forgets every device on this host. It
+// fails with ErrBusy while a device is in use.
+func Remove(dir string) error {
+	if dir == "" {
+		dir = DefaultDir
+	}
+	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	lock, err := lockDir(dir, unix.LOCK_EX)
+	if err != nil {
+		return permission(err)
+	}
+	defer func() { _ = lock.Close() }()
+	slots, err := filepath.Glob(filepath.Join(dir, "dev-*"))
+	if err != nil {
+		return err
+	}
+	for _, s := range slots {
+		l, err := lockDir(s, unix.LOCK_EX|unix.LOCK_NB)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = l.Close() }()
+	}
+	if err := clearDir(dir); err != nil {
+		return err
+	}
+	return os.Remove(dir)
+}
+
+// mapNames are the pinned maps by their name in tracker.bpf.c.
+func (t *Tracker) mapNames() map[string]**ebpf.Map {
+	return map[string]**ebpf.Map{
+		"devices": &t.maps.Devices, "epochs": &t.maps.Epochs, "inflight": &t.maps.Inflight,
+		"counts": &t.maps.Counts, "host": &t.maps.Host,
+	}
+}
+
+func programName(i int) string { return fmt.Sprintf("%s_%d", programs[i/copies], i%copies) }
+
+func (t *Tracker) adopt() error {
+	var err error
+	t.meta, err = ebpf.LoadPinnedMap(filepath.Join(t.dir, "meta"), nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return errors.New("no tracker was attached on this boot")
+	}
+	if err != nil {
+		return fmt.Errorf("adopt the pinned tracker: %w", err)
+	}
+	m, err := mapArray(t.meta)
+	if err != nil {
+		return err
+	}
+	defer m.close()
+	boot, err := bootID()
+	if err != nil {
+		return err
+	}
+	switch {
+	case len(m.words) < metaWords || m.words[metaMagic] != headerMagic:
+		return errors.New("the pinned tracker has another map layout, or its attaching was interrupted")
+	case m.words[metaBoot] != binary.BigEndian.Uint64(boot[:8]) || m.words[metaBoot+1] != binary.BigEndian.Uint64(boot[8:]):
+		return errors.New("the pinned tracker is of another boot")
+	}
+	t.instance = m.words[metaInstance]
+	t.since = time.Unix(0, int64(m.words[metaSince]))
+	for name, p := range t.mapNames() {
+		if *p, err = ebpf.LoadPinnedMap(filepath.Join(t.dir, "map-"+name), nil); err != nil {
+			return fmt.Errorf("adopt map %s: %w", name, err)
+		}
+	}
+	for i := range t.links {
+		t.linkIDs[i] = uint32(m.words[metaLinks+i])
+		if t.links[i], err = link.LoadPinnedLink(filepath.Join(t.dir, "link-"+programName(i)), nil); err != nil {
+			return fmt.Errorf("program %s was detached: %w", programName(i), err)
+		}
+		info, err := t.links[i].Info()
+		if err != nil {
+			return fmt.Errorf("link of %s: %w", programName(i), err)
+		}
+		if uint32(info.ID) != t.linkIDs[i] {
+			return fmt.Errorf("program %s was detached and attached again", programName(i))
+		}
+		if t.progs[i], err = ebpf.NewProgramFromID(info.Program); err != nil {
+			return fmt.Errorf("program %s: %w", programName(i), err)
+		}
+	}
+	t.hostMap, err = mapArray(t.maps.Host)
+	return err
+}
+
+func (t *Tracker) attach() error {
+	spec, err := loadTracker()
+	if err != nil {
+		return fmt.Errorf("read the embedded object: %w", err)
+	}
+	coll, err := ebpf.NewCollection(spec)
+	if err != nil {
+		return fmt.Errorf("load: %w", err)
+	}
+	defer coll.Close()
+	for name, p := range t.mapNames() {
+		*p = coll.DetachMap(name)
+		if *p == nil {
+			return fmt.Errorf("the embedded object has no map %s", name)
+		}
+		if err := (*p).Pin(filepath.Join(t.dir, "map-"+name)); err != nil {
+			return fmt.Errorf("pin map %s: %w", name, err)
+		}
+	}
+	t.meta, err = ebpf.NewMap(&ebpf.MapSpec{
+		Name: "tidemark_meta", Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: metaWords, Flags: unix.BPF_F_MMAPABLE,
+	})
+	if err != nil {
+		return fmt.Errorf("meta map: %w", err)
+	}
+	m, err := mapArray(t.meta)
+	if err != nil {
+		return err
+	}
+	defer m.close()
+	// In order of copies: the last copy of an event drops what the others need.
+	for c := range copies {
+		for p := range programs {
+			if err := t.attachProgram(coll, p*copies+c); err != nil {
+				return err
+			}
+		}
+	}
+	boot, err := bootID()
+	if err != nil {
+		return err
+	}
+	t.instance, t.since = random64(), time.Now()
+	m.words[metaBoot] = binary.BigEndian.Uint64(boot[:8])
+	m.words[metaBoot+1] = binary.BigEndian.Uint64(boot[8:])
+	m.words[metaInstance] = t.instance
+	m.words[metaSince] = uint64(t.since.UnixNano())
+	for i, id := range t.linkIDs {
+		m.words[metaLinks+i] = uint64(id)
+	}
+	if t.hostMap, err = mapArray(t.maps.Host); err != nil {
+		return err
+	}
+	// With its pin the tracker is complete; without it, nobody adopts the rest.
+	m.words[metaMagic] = headerMagic
+	return t.meta.Pin(filepath.Join(t.dir, "meta"))
+}
+
+func (t *Tracker) attachProgram(coll *ebpf.Collection, i int) error {
+	name := programName(i)
+	t.progs[i] = coll.DetachProgram(name)
+	if t.progs[i] == nil {
+		return fmt.Errorf("the embedded object has no program %s", name)
+	}
+	l, err := link.AttachTracing(link.TracingOptions{Program: t.progs[i]})
+	if err != nil {
+		return fmt.Errorf("attach %s: %w", name, err)
+	}
+	t.links[i] = l
+	if err := l.Pin(filepath.Join(t.dir, "link-"+name)); err != nil {
+		return fmt.Errorf("pin link of %s: %w", name, err)
+	}
+	info, err := l.Info()
+	if err != nil {
+		return fmt.Errorf("link of %s: %w", name, err)
+	}
+	t.linkIDs[i] = uint32(info.ID)
+	return nil
+}
+
+// intact tells whether every link that was adopted is still the pinned one.
+// A link whose pin was removed lives only as long as this process.
+func (t *Tracker) intact() bool {
+	for i, id := range t.linkIDs {
+		l, err := link.LoadPinnedLink(filepath.Join(t.dir, "link-"+programName(i)), nil)
+		if err != nil {
+			return false
+		}
+		info, err := l.Info()
+		_ = l.Close()
+		if err != nil || uint32(info.ID) != id {
+			return false
+		}
+	}
+	return true
+}
+
+// Misses are the events each program has missed since it was attached
+// (bpf_prog_info.recursion_misses).
+func (t *Tracker) Misses() (Misses, error) {
+	var m Misses
+	for i, p := range t.progs {
+		s, err := p.Stats()
+		if err != nil {
+			return m, fmt.Errorf("statistics of %s: %w", programName(i), err)
+		}
+		m[i] = s.RecursionMisses
+	}
+	if t.seam != nil {
+		m = t.seam(m)
+	}
+	return m, nil
+}
+
+func random64() uint64 {
+	var b [8]byte
+	_, _ = rand.Read(b[:]) // never fails, see crypto/rand
+	return binary.LittleEndian.Uint64(b[:])
+}
+
+// slotDir is where the epochs of one slot are pinned.
+func (t *Tracker) slotDir(slot uint32) string {
+	return filepath.Join(t.dir, fmt.Sprintf("dev-%d", slot))
+}
+

@@ -1,0 +1,50 @@
+package cbt
+
+import (
+	"context"
+	"time"
+)
+
+// Source tells what changed on one disk. Its methods are not safe for
+// concurrent use.
+type Source interface {
+	// Changes closes the current epoch and says what may have changed after
+	// the instant named since, up to now. An extent of the delta may be read
+	// as soon as Changes has returned. An error means that nothing is known and
+	// that the disk must not be read further either, such as when another
+	// device has taken its place.
+	Changes(ctx context.Context, since ChangeID) (Delta, error)
+
+	// Commit says that all up to id is durable in a restore point. Until
+	// then, what is needed to answer Changes again is kept.
+	Commit(id ChangeID) error
+
+	// Close lets go of the disk. Tracking goes on.
+	Close() error
+}
+
+// Delta is the answer of Changes.
+type Delta struct {
+	ID      ChangeID // the instant up to which it speaks
+	Extents Extents  // the whole disk if Unknown is not empty
+	Unknown []string // why the extents couldn't be proven to hold every change
+	// Evidence is what the judgement rests on.
+	Evidence Evidence
+}
+
+// Evidence is what a reader needs to judge whether a write can have been missed.
+type Evidence struct {
+	Method      string    `json:"method"` // "ebpf" or "none"
+	Opened      time.Time `json:"opened,omitzero"`
+	Closed      time.Time `json:"closed,omitzero"`
+	FirstEpoch  uint64    `json:"first_epoch,omitempty"`
+	LastEpoch   uint64    `json:"last_epoch,omitempty"`
+	Granule     int64     `json:"granule,omitempty"` // bytes
+	Size        int64     `json:"size,omitempty"`    // bytes
+	DiskSeq     uint64    `json:"diskseq,omitempty"`
+	Dirty       uint64    `json:"dirty_granules"`
+	Sectors     uint64    `json:"sectors_written"` // as submitted, 512 bytes each
+	Attached    time.Time `json:"attached,omitzero"`
+	LinkIDs     []uint32  `json:"link_ids,omitempty"`
+	LeastMisses []uint64  `json:"least_misses,omitempty"` // per program, the copy that missed least: all 0 or the epoch is unknown
+}

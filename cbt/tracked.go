@@ -1,0 +1,170 @@
+package cbt
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/tidemark/tidemark/bpf"
+)
+
+// ErrDeviceChanged is wrapped when the device was replaced or resized while it was
+// in use. Nothing that was read from it may be kept.
+var ErrDeviceChanged = errors.New("the device changed while it was in use")
+
+// Tracked is a Source over the eBPF tracker.
+type Tracked struct {
+	tracker *bpf.Tracker
+	reg     *bpf.Registration
+	began   []string // why this registration is new, if it is
+}
+
+var _ Source = (*Tracked)(nil)
+
+// OpenTracked takes hold of the tracking of the block device at path, and starts it with
+// granules of 1<<shift bytes if there is none that can be believed. The
+// tracker stays the caller's. Hold the device open meanwhile, so that it can't be
+// replaced. Errors wrap those of package bpf.
+func OpenTracked(tracker *bpf.Tracker, path string, shift uint) (*Tracked, error) {
+	dev, err := bpf.Lookup(path)
+	if err != nil {
+		return nil, err
+	}
+	s := &Tracked{tracker: tracker}
+	s.reg, err = tracker.Acquire(dev)
+	if err == nil {
+		loss := s.reg.Changed()
+		if loss == 0 {
+			return s, nil
+		}
+		s.began = loss.Reasons()
+		err = s.reg.Unregister()
+	} else if errors.Is(err, bpf.ErrNotRegistered) {
+		s.began = []string{"tracking of this device had not begun"}
+		if why := tracker.Fresh(); why != "" {
+			s.began = append(s.began, why)
+		}
+		err = nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if s.reg, err = tracker.Register(dev, shift); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// Began says why tracking had to begin anew, or nothing if it was adopted.
+func (s *Tracked) Began() []string { return s.began }
+
+// Granule is the size of a granule in bytes.
+func (s *Tracked) Granule() int64 { return 1 << s.reg.GranuleShift() }
+
+// Changes implements Source. It takes about as long as an RCU grace period.
+func (s *Tracked) Changes(ctx context.Context, since ChangeID) (Delta, error) {
+	if err := ctx.Err(); err != nil {
+		return Delta{}, err
+	}
+	closed, err := s.reg.Swap()
+	if err != nil {
+		return Delta{}, err
+	}
+	if loss := closed.Loss() & (bpf.LossReplaced | bpf.LossResized); loss != 0 {
+		return Delta{}, fmt.Errorf("%s: %w: %v", s.reg.Device().Path, ErrDeviceChanged, loss.Reasons())
+	}
+	s.reg.Fold()
+	d := Delta{ID: ChangeID{s.reg.ID(), closed.Last()}}
+	d.Evidence = Evidence{
+		Method: "ebpf", Closed: closed.Closed(), LastEpoch: closed.Last(), Granule: s.Granule(), Size: closed.Size(), DiskSeq: closed.DiskSeq(),
+		Attached: s.tracker.Since(),
+	}
+	ids := s.tracker.LinkIDs()
+	d.Evidence.LinkIDs = ids[:]
+
+	epochs, why := s.since(since, closed.Last())
+	d.Unknown = why
+	bm := Bitmap{Words: make([]uint64, len(closed.Bitmap())), Shift: s.reg.GranuleShift(), Size: closed.Size()}
+	for _, e := range epochs {
+		d.Unknown = append(d.Unknown, judge(e)...)
+		bm.Or(e.Bitmap())
+		d.Evidence.add(e)
+	}
+	d.Extents = bm.Extents()
+	if len(d.Unknown) > 0 {
+		d.Extents = Whole(closed.Size())
+	}
+	return d, nil
+}
+
+// since finds the epochs that hold all after id up to last, or says why there
+// are none.
+func (s *Tracked) since(id ChangeID, last uint64) ([]*bpf.Epoch, []string) {
+	switch {
+	case id.IsZero():
+		return nil, []string{"there is no earlier instant to count from"}
+	case id.registration != s.reg.ID() && len(s.began) > 0:
+		return nil, s.began
+	case id.registration != s.reg.ID():
+		return nil, []string{"the last point belongs to another tracking of this device"}
+	case id.epoch > last:
+		return nil, []string{fmt.Sprintf("the last point speaks of epoch %d, the tracker is at %d", id.epoch, last)}
+	}
+	var out []*bpf.Epoch
+	next := id.epoch + 1
+	for _, e := range s.reg.Retained() {
+		if e.Last() < next {
+			continue
+		}
+		if e.First() > next {
+			break
+		}
+		out = append(out, e)
+		next = e.Last() + 1
+	}
+	if next != last+1 {
+		return nil, []string{fmt.Sprintf("epochs from %d on were given up after a backup to another repository", next)}
+	}
+	return out, nil
+}
+
+// judge says why an epoch can't be believed, or nothing.
+func judge(e *bpf.Epoch) []string {
+	return append(e.Taint().Reasons(), e.Loss().Reasons()...)
+}
+
+func (v *Evidence) add(e *bpf.Epoch) {
+	if v.FirstEpoch == 0 {
+		v.FirstEpoch, v.Opened = e.First(), e.Opened()
+	}
+	v.Dirty += e.Dirty()
+	v.Sectors += e.Sectors()
+	missed := e.Missed()
+	programs := bpf.ProgramNames()
+	if v.LeastMisses == nil {
+		v.LeastMisses = make([]uint64, len(programs))
+	}
+	per := len(missed) / len(programs)
+	for p := range programs {
+		least := missed[p*per]
+		for _, m := range missed[p*per : (p+1)*per] {
+			least = min(least, m)
+		}
+		v.LeastMisses[p] += least
+	}
+}
+
+// Commit implements Source.
+func (s *Tracked) Commit(id ChangeID) error {
+	if id.registration != s.reg.ID() {
+		return fmt.Errorf("commit %s: %w of this tracking", id, ErrChangeID)
+	}
+	s.reg.Release(id.epoch)
+	return nil
+}
+
+// Untrack stops the tracking and closes s.
+func (s *Tracked) Untrack() error { return s.reg.Unregister() }
+
+// Close implements Source.
+func (s *Tracked) Close() error { return s.reg.Close() }
