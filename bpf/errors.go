@@ -9,6 +9,7 @@ var (
 	ErrNotBlock      = errors.New("not a block device")
 	ErrPartition     = errors.New("a partition: give the whole disk")
 	ErrUntrackable   = errors.New("writes to it can't be seen by block tracepoints")
+	ErrNotAttached   = errors.New("no tracker is attached on this host")
 	ErrNotRegistered = errors.New("not tracked")
 	ErrBusy          = errors.New("in use by another tidemark process")
 	ErrFull          = errors.New("no slot free for another device")

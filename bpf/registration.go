@@ -444,6 +444,9 @@ type Counts struct {
 	Passthrough                  uint64
 }
 
+// Counts are the device's events up to now. It takes microseconds.
+func (r *Registration) Counts() (Counts, error) { return r.t.counts(r.slot) }
+
 // counts takes, of the copies, the one that saw most.
 func (t *Tracker) counts(slot uint32) (Counts, error) {
 	var best Counts

@@ -30,6 +30,8 @@ func ProgramNames() []string { return append([]string(nil), programs...) }
 type Options struct {
 	// Dir is the directory in bpffs; DefaultDir if empty.
 	Dir string
+	// AdoptOnly makes Open fail with ErrNotAttached where it would attach.
+	AdoptOnly bool
 	// Misses replaces the reading of the kernel's counters: the seam
 	// through which a test makes an event be lost. Nil in all other use.
 	Misses func(kernel Misses) Misses
@@ -81,6 +83,9 @@ func Open(o Options) (*Tracker, error) {
 	if err := rlimit.RemoveMemlock(); err != nil {
 		return nil, fmt.Errorf("lift the memlock limit: %w", err)
 	}
+	if _, err := os.Stat(o.Dir); err != nil && o.AdoptOnly {
+		return nil, ErrNotAttached
+	}
 	lock, err := openDir(o.Dir)
 	if err != nil {
 		return nil, permission(err)
@@ -94,6 +99,9 @@ func Open(o Options) (*Tracker, error) {
 	}
 	t.fresh = err.Error()
 	t.closeAll()
+	if o.AdoptOnly {
+		return nil, fmt.Errorf("%w: %w", ErrNotAttached, err)
+	}
 	if err := clearDir(o.Dir); err != nil {
 		return nil, permission(err)
 	}
@@ -375,4 +383,3 @@ func random64() uint64 {
 func (t *Tracker) slotDir(slot uint32) string {
 	return filepath.Join(t.dir, fmt.Sprintf("dev-%d", slot))
 }
-

@@ -1,8 +1,10 @@
 package cbt
 
 import (
+	"cmp"
 	"iter"
 	"math/bits"
+	"slices"
 )
 
 // Extent is a run of bytes of a disk. Len is never 0.
@@ -112,6 +114,21 @@ func (b Bitmap) Extents() Extents {
 		if off < end {
 			out = append(out, Extent{off, end - off})
 		}
+	}
+	return out
+}
+
+// Union covers what x or y covers.
+func (x Extents) Union(y Extents) Extents {
+	all := slices.Concat(x, y)
+	slices.SortFunc(all, func(a, b Extent) int { return cmp.Compare(a.Off, b.Off) })
+	var out Extents
+	for _, e := range all {
+		if n := len(out); n > 0 && out[n-1].Off+out[n-1].Len >= e.Off {
+			out[n-1].Len = max(out[n-1].Len, e.Off+e.Len-out[n-1].Off)
+			continue
+		}
+		out = append(out, e)
 	}
 	return out
 }

@@ -2,8 +2,12 @@ package cbt
 
 import (
 	"context"
+	"errors"
 	"time"
 )
+
+// ErrUncounted says that a Source does not see writes.
+var ErrUncounted = errors.New("writes to it are not counted")
 
 // Source tells what changed on one disk. Its methods are not safe for
 // concurrent use.
@@ -18,6 +22,10 @@ type Source interface {
 	// Commit says that all up to id is durable in a restore point. Until
 	// then, what is needed to answer Changes again is kept.
 	Commit(id ChangeID) error
+
+	// Writes counts the writes submitted and completed so far, cheaply: as long as
+	// it stays the same, nobody wrote. ErrUncounted if they are not seen.
+	Writes() (uint64, error)
 
 	// Close lets go of the disk. Tracking goes on.
 	Close() error

@@ -163,6 +163,12 @@ func (s *Tracked) Commit(id ChangeID) error {
 	return nil
 }
 
+// Writes implements Source.
+func (s *Tracked) Writes() (uint64, error) {
+	c, err := s.reg.Counts()
+	return c.Submits + c.Completions, err
+}
+
 // Untrack stops the tracking and closes s.
 func (s *Tracked) Untrack() error { return s.reg.Unregister() }
 

@@ -18,5 +18,8 @@ func (u Untracked) Changes(ctx context.Context, _ ChangeID) (Delta, error) {
 // Commit implements Source.
 func (u Untracked) Commit(ChangeID) error { return nil }
 
+// Writes implements Source.
+func (u Untracked) Writes() (uint64, error) { return 0, ErrUncounted }
+
 // Close implements Source.
 func (u Untracked) Close() error { return nil }

@@ -1,0 +1,228 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/tidemark/tidemark/cbt"
+	"github.com/tidemark/tidemark/store"
+)
+
+// Defaults of a Job.
+const (
+	DefaultPauseBudget = 100 * time.Millisecond
+	maxRounds          = 12 // reads of changed extents before the guest is paused whatever they show
+	maxPauses          = 5  // attempts at the last round
+)
+
+// Job is one backup of one VM.
+type Job struct {
+	VM      string
+	Disks   []string // paths, in the order of the VM's disks
+	Repo    *store.Repo
+	Quiesce Quiesce
+
+	// Source opens the changed-block source of a disk. The job closes it.
+	Source func(ctx context.Context, path string) (cbt.Source, error)
+
+	// PauseBudget is how long the guest may stand still; DefaultPauseBudget if 0.
+	PauseBudget time.Duration
+
+	// AllowInconsistent accepts a point that shows no single instant.
+	AllowInconsistent bool
+
+	// Grain in bytes for disks that have no point yet; store.DefaultGrain if 0.
+	Grain int
+
+	// Tool is the name and version written into the point.
+	Tool string
+
+	// Progress, if set, is called about ten times a second, not concurrently.
+	Progress func(Progress)
+
+	// Watchdog is the program and first arguments that run RunWatchdog; this
+	// program's hidden subcommand if nil.
+	Watchdog []string
+}
+
+// Progress is how far a job has come.
+type Progress struct {
+	Round       int
+	Done, Total int64 // bytes of this round
+	Phase       string
+}
+
+// Result is a backup that is durable.
+type Result struct {
+	Point  *store.Point
+	Chosen string // how the instant was reached, and why that way
+	Took   time.Duration
+}
+
+// ErrNoDisk is wrapped when a job names none.
+var ErrNoDisk = errors.New("no disk to back up")
+
+// disk is one disk while it is backed up.
+type disk struct {
+	*device
+	name     string
+	src      cbt.Source
+	out      *store.DiskWriter
+	at       cbt.ChangeID // everything up to here has been handed to out, or is in pending
+	pending  cbt.Extents  // changed, not read yet
+	grain    int64        // bytes
+	read     int64        // bytes
+	tracking store.Tracking
+	evidence []cbt.Evidence
+}
+
+// Run makes one restore point. An error means that there is none, and that the
+// next run starts from the same point as this one did.
+func (j Job) Run(ctx context.Context) (_ Result, err error) {
+	begin := time.Now()
+	if len(j.Disks) == 0 {
+		return Result{}, ErrNoDisk
+	}
+	if j.PauseBudget <= 0 {
+		j.PauseBudget = DefaultPauseBudget
+	}
+	w, err := j.Repo.Begin(ctx, j.VM)
+	if err != nil {
+		return Result{}, err
+	}
+	defer func() { err = errors.Join(err, w.Abort()) }()
+
+	disks, err := j.open(ctx, w)
+	defer func() {
+		for _, d := range disks {
+			err = errors.Join(err, d.close())
+		}
+	}()
+	if err != nil {
+		return Result{}, err
+	}
+	c, err := j.converge(ctx, disks)
+	if err != nil {
+		return Result{}, err
+	}
+	p := store.Point{VM: j.VM, Time: c.instant.UTC(), Consistency: c.consistency, Quiesce: c.quiesce, Tool: j.Tool}
+	for _, d := range disks {
+		if d.tracking.Evidence, err = json.Marshal(d.evidence); err != nil {
+			return Result{}, err
+		}
+		p.Disks = append(p.Disks, store.Disk{
+			Name: d.name, Source: d.path, ChangeID: d.at.String(), Tracking: d.tracking, Stats: store.Stats{Read: d.read},
+		})
+	}
+	done, err := w.Commit(ctx, p)
+	if err != nil {
+		return Result{}, err
+	}
+	// The point stands. Epochs that can't be given up now are given up next time.
+	for _, d := range disks {
+		if !d.at.IsZero() {
+			err = errors.Join(err, d.src.Commit(d.at))
+		}
+	}
+	return Result{Point: done, Chosen: c.chosen, Took: time.Since(begin)}, err
+}
+
+func (d *disk) close() error {
+	var err error
+	if d.src != nil {
+		err = d.src.Close()
+	}
+	return errors.Join(err, d.device.Close())
+}
+
+// open opens the disks and decides for each from where to count changes.
+func (j Job) open(ctx context.Context, w *store.Writer) ([]*disk, error) {
+	var disks []*disk
+	for i, path := range j.Disks {
+		dev, err := openDevice(path)
+		if err != nil {
+			return disks, err
+		}
+		d := &disk{device: dev, name: fmt.Sprintf("disk%d", i)}
+		disks = append(disks, d)
+		if d.src, err = j.Source(ctx, path); err != nil {
+			return disks, err
+		}
+		if err := j.begin(ctx, d, w); err != nil {
+			return disks, err
+		}
+	}
+	return disks, nil
+}
+
+func (j Job) begin(ctx context.Context, d *disk, w *store.Writer) error {
+	before := previous(w.Parent(), d.name)
+	o := store.DiskOptions{Name: d.name, Source: d.path, Size: d.size, Grain: j.Grain, Dedup: true}
+	if before != nil {
+		if before.Root.Size > d.size {
+			return fmt.Errorf("%s: %w: %d bytes, at the last point it had %d: back it up under another name, or give the disk its size back",
+				d.path, ErrShrunk, d.size, before.Root.Size)
+		}
+		o.Grain = before.Root.Grain
+		o.Dedup = before.Root.Size != d.size
+	}
+	if o.Grain == 0 {
+		o.Grain = store.DefaultGrain
+	}
+	d.grain = int64(o.Grain)
+	var err error
+	if d.out, err = w.Disk(ctx, o); err != nil {
+		return err
+	}
+	d.tracking.Mode = "full"
+	if before != nil && d.out.HasParent() {
+		d.tracking.Mode = "tracked"
+		if d.at, err = cbt.ParseChangeID(before.ChangeID); err != nil {
+			d.tracking.Reasons = append(d.tracking.Reasons, "the last point's change ID can't be read")
+		}
+	}
+	// Nothing may be read before the epoch in which it could change is open.
+	return d.advance(ctx)
+}
+
+// ErrShrunk is wrapped when a disk is smaller than its last point.
+var ErrShrunk = errors.New("the disk has shrunk")
+
+func previous(p *store.Point, name string) *store.Disk {
+	if p == nil {
+		return nil
+	}
+	for i := range p.Disks {
+		if p.Disks[i].Name == name {
+			return &p.Disks[i]
+		}
+	}
+	return nil
+}
+
+// advance closes the disk's epoch and adds what changed in it to pending.
+func (d *disk) advance(ctx context.Context) error {
+	delta, err := d.src.Changes(ctx, d.at)
+	if err != nil {
+		return err
+	}
+	if len(delta.Unknown) > 0 {
+		switch d.tracking.Mode {
+		case "tracked", "compare":
+			d.tracking.Mode = "compare"
+			d.tracking.Reasons = append(d.tracking.Reasons, delta.Unknown...)
+		default:
+			if len(d.evidence) > 0 {
+				// A full backup needs no proof for its beginning, only for what came after.
+				d.tracking.Reasons = append(d.tracking.Reasons, delta.Unknown...)
+			}
+		}
+	}
+	d.at = delta.ID
+	d.pending = d.pending.Union(delta.Extents.Align(d.grain, d.size))
+	d.evidence = append(d.evidence, delta.Evidence)
+	return nil
+}

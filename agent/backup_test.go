@@ -1,0 +1,270 @@
+package agent_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/tidemark/tidemark/agent"
+	"github.com/tidemark/tidemark/bpf"
+	"github.com/tidemark/tidemark/cbt"
+	"github.com/tidemark/tidemark/store"
+)
+
+const diskSize = 24 << 20
+
+// bench is a loop device, a tracker and a repository of the test's own.
+type bench struct {
+	dev  string
+	repo *store.Repo
+	job  agent.Job
+	seam bpf.Misses
+}
+
+func newBench(t *testing.T) *bench {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("SKIP: loop devices and BPF programs need root")
+	}
+	if _, err := exec.LookPath("losetup"); err != nil {
+		t.Skip("SKIP: no losetup (apt-get install util-linux)")
+	}
+	b := &bench{}
+	file := filepath.Join(t.TempDir(), "disk")
+	data := make([]byte, diskSize)
+	_, _ = rand.Read(data[:8<<20])
+	if err := os.WriteFile(file, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("losetup", "--show", "-f", file).Output()
+	if err != nil {
+		t.Skip("SKIP: losetup: ", err)
+	}
+	b.dev = strings.TrimSpace(string(out))
+	t.Cleanup(func() { _ = exec.Command("losetup", "-d", b.dev).Run() })
+
+	pins := filepath.Join(filepath.Dir(bpf.DefaultDir), "tidemark-agent-"+strings.ReplaceAll(t.Name(), "/", "-"))
+	tr, err := bpf.Open(bpf.Options{Dir: pins, Misses: func(m bpf.Misses) bpf.Misses {
+		for i := range m {
+			m[i] += b.seam[i]
+		}
+		return m
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = tr.Close()
+		if err := bpf.Remove(pins); err != nil {
+			t.Error(err)
+		}
+	})
+	b.repo, err = store.Init(t.Context(), filepath.Join(t.TempDir(), "repo"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = b.repo.Close() })
+	b.job = agent.Job{
+		VM: "vm", Disks: []string{b.dev}, Repo: b.repo, Tool: "test", Quiesce: agent.Quiesce{Kind: "auto"},
+		Source: func(_ context.Context, path string) (cbt.Source, error) {
+			return cbt.OpenTracked(tr, path, bpf.DefaultGranuleShift)
+		},
+	}
+	return b
+}
+
+func (b *bench) run(t *testing.T) agent.Result {
+	t.Helper()
+	r, err := b.job.Run(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+func (b *bench) write(t *testing.T, off int64, data []byte) {
+	t.Helper()
+	f, err := os.OpenFile(b.dev, os.O_RDWR|os.O_SYNC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = f.Close() }()
+	if _, err := f.WriteAt(data, off); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// wantContent compares a point with what the device holds now.
+func (b *bench) wantContent(t *testing.T, p *store.Point) {
+	t.Helper()
+	want, err := os.ReadFile(b.dev)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := b.content(t, p); !bytes.Equal(got, want) {
+		t.Error("the point is not what the disk was")
+	}
+}
+
+func (b *bench) content(t *testing.T, p *store.Point) []byte {
+	t.Helper()
+	root := p.Disks[0].Root
+	m, err := b.repo.Map(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := make([]byte, m.Grains()*int64(root.Grain))
+	for i := range m.Grains() {
+		ref, err := m.Lookup(t.Context(), i)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ref.IsZero() {
+			continue
+		}
+		if err := b.repo.ReadGrain(t.Context(), ref, out[i*int64(root.Grain):][:root.Grain]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return out[:root.Size]
+}
+
+func TestBackupReadsOnlyWhatChanged(t *testing.T) {
+	b := newBench(t)
+	full := b.run(t)
+	d := full.Point.Disks[0]
+	if d.Tracking.Mode != "full" || d.Stats.Read != diskSize || d.Stats.Stored < 8<<20 || d.Stats.Stored > 9<<20 {
+		t.Errorf("full: %+v", d)
+	}
+	b.wantContent(t, full.Point)
+
+	b.write(t, 5<<20+100, []byte("changed"))
+	b.write(t, 20<<20, make([]byte, 128<<10)) // zeroes over zeroes: read, but not stored
+	inc := b.run(t)
+	d = inc.Point.Disks[0]
+	if d.Tracking.Mode != "tracked" || d.Stats.Read != 192<<10 || d.Stats.Changed != 64<<10 {
+		t.Errorf("incremental: mode %s, read %d, changed %d", d.Tracking.Mode, d.Stats.Read, d.Stats.Changed)
+	}
+	if inc.Point.Consistency != store.Crash || inc.Point.Quiesce.Paused != 0 {
+		t.Errorf("an idle disk: %s, paused %v", inc.Point.Consistency, inc.Point.Quiesce.Paused)
+	}
+	b.wantContent(t, inc.Point)
+
+	none := b.run(t)
+	if d = none.Point.Disks[0]; d.Stats.Read != 0 || d.Stats.Changed != 0 {
+		t.Errorf("nothing changed: read %d, changed %d", d.Stats.Read, d.Stats.Changed)
+	}
+}
+
+func TestUnknownEpochIsComparedAndSaysWhy(t *testing.T) {
+	b := newBench(t)
+	b.run(t)
+	b.write(t, 1<<20, []byte("changed"))
+	for i := range 3 {
+		b.seam[i] += 9 // all copies of one program
+	}
+	r := b.run(t)
+	d := r.Point.Disks[0]
+	if d.Tracking.Mode != "compare" || !strings.Contains(strings.Join(d.Tracking.Reasons, ";"), "dropped tracing events") {
+		t.Errorf("mode %s because %q", d.Tracking.Mode, d.Tracking.Reasons)
+	}
+	if d.Stats.Read != diskSize || d.Stats.Changed != 64<<10 || d.Stats.Stored > 256<<10 {
+		t.Errorf("compare: read %d, changed %d, stored %d", d.Stats.Read, d.Stats.Changed, d.Stats.Stored)
+	}
+	b.wantContent(t, r.Point)
+	if r = b.run(t); r.Point.Disks[0].Tracking.Mode != "tracked" {
+		t.Errorf("the backup after it: %s %q", r.Point.Disks[0].Tracking.Mode, r.Point.Disks[0].Tracking.Reasons)
+	}
+}
+
+func TestFailedBackupIsMadeUpForByTheNext(t *testing.T) {
+	b := newBench(t)
+	b.run(t)
+	b.write(t, 2<<20, []byte("changed"))
+	ctx, cancel := context.WithCancel(t.Context())
+	job := b.job
+	job.Progress = func(agent.Progress) { cancel() } // in the first round, after the swap
+	if _, err := job.Run(ctx); !errors.Is(err, context.Canceled) {
+		t.Fatalf("got %v", err)
+	}
+	r := b.run(t)
+	if r.Point.Disks[0].Stats.Changed != 64<<10 || r.Point.Disks[0].Tracking.Mode != "tracked" {
+		t.Errorf("%+v", r.Point.Disks[0])
+	}
+	b.wantContent(t, r.Point)
+}
+
+// scribbler is a process that rewrites part of a device without end. Each pass
+// writes one number everywhere, so that a torn instant shows.
+func scribbler(t *testing.T, dev string) *exec.Cmd {
+	t.Helper()
+	c := exec.Command("sh", "-c", `i=0; while :; do i=$((i+1)); yes "$i" | dd of="$0" bs=4k count=16 seek=$((i%200*16)) iflag=fullblock oflag=direct conv=notrunc status=none 2>/dev/null; done`, dev)
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
+	return c
+}
+
+func TestBusyDiskIsRefusedUnlessAllowed(t *testing.T) {
+	b := newBench(t)
+	b.run(t)
+	scribbler(t, b.dev)
+	b.job.Quiesce = agent.Quiesce{Kind: "none"}
+	if _, err := b.job.Run(t.Context()); !errors.Is(err, agent.ErrInUse) {
+		t.Fatalf("got %v, want %v", err, agent.ErrInUse)
+	}
+	b.job.AllowInconsistent = true
+	if r := b.run(t); r.Point.Consistency != store.None {
+		t.Errorf("consistency %q", r.Point.Consistency)
+	}
+}
+
+func TestFreezeMakesAFilesystemInstant(t *testing.T) {
+	b := newBench(t)
+	dir := t.TempDir()
+	for _, c := range [][]string{{"mkfs.ext4", "-q", "-F", b.dev}, {"mount", b.dev, dir}} {
+		if out, err := exec.Command(c[0], c[1:]...).CombinedOutput(); err != nil {
+			t.Skipf("SKIP: %v: %v: %s", c, err, out)
+		}
+	}
+	t.Cleanup(func() { _ = exec.Command("umount", dir).Run() })
+	b.run(t)
+	stop, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for i := 0; ; i++ {
+			select {
+			case <-stop:
+				return
+			case <-time.After(2 * time.Millisecond):
+				_ = os.WriteFile(filepath.Join(dir, "f"), bytes.Repeat([]byte{byte(i)}, 100<<10), 0o600)
+			}
+		}
+	}()
+	b.job.PauseBudget = 3 * time.Second
+	r := b.run(t)
+	close(stop)
+	<-done
+	if r.Point.Quiesce.Method == "freeze" && r.Point.Consistency != store.Filesystem {
+		t.Errorf("%+v %s", r.Point.Quiesce, r.Point.Consistency)
+	}
+	t.Logf("%s: %+v", r.Chosen, r.Point.Quiesce)
+	img := filepath.Join(t.TempDir(), "img")
+	if err := os.WriteFile(img, b.content(t, r.Point), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("e2fsck", "-fn", img).CombinedOutput(); err != nil {
+		t.Errorf("a frozen file system is not clean: %v: %s", err, out)
+	}
+}
+
+var _ io.Closer = (*store.Repo)(nil)

@@ -1,0 +1,92 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/goccy/go-yaml"
+
+	"github.com/tidemark/tidemark/store"
+)
+
+// Config is the daemon's configuration file.
+type Config struct {
+	Repository string        `yaml:"repository"`
+	Listen     string        `yaml:"listen"` // HTTP address for metrics and health; empty: none
+	VMs        []VMConfig    `yaml:"vms"`
+	Retry      time.Duration `yaml:"retry"` // after a failed backup; the VM's interval if longer or 0
+}
+
+// VMConfig is one VM to back up.
+type VMConfig struct {
+	Name        string        `yaml:"name"`
+	Disks       []string      `yaml:"disks"`
+	Every       time.Duration `yaml:"every"`
+	Quiesce     string        `yaml:"quiesce"`      // as on the command line; auto if empty
+	PauseBudget time.Duration `yaml:"pause_budget"` // DefaultPauseBudget if 0
+}
+
+// ErrConfig is wrapped when a configuration can't be used.
+var ErrConfig = errors.New("configuration")
+
+// LoadConfig reads a file. Unknown keys are errors. Errors wrap ErrConfig.
+func LoadConfig(path string) (Config, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return Config{}, fmt.Errorf("%w: %w", ErrConfig, err)
+	}
+	c, err := ParseConfig(b)
+	if err != nil {
+		return Config{}, fmt.Errorf("%s: %w", path, err)
+	}
+	return c, nil
+}
+
+// ParseConfig reads YAML. Errors wrap ErrConfig.
+func ParseConfig(b []byte) (Config, error) {
+	var c Config
+	if err := yaml.UnmarshalWithOptions(b, &c, yaml.Strict()); err != nil {
+		return Config{}, fmt.Errorf("%w: %s", ErrConfig, yaml.FormatError(err, false, true))
+	}
+	if err := c.check(); err != nil {
+		return Config{}, fmt.Errorf("%w: %w", ErrConfig, err)
+	}
+	return c, nil
+}
+
+func (c Config) check() error {
+	if c.Repository == "" {
+		return errors.New("repository is missing")
+	}
+	if len(c.VMs) == 0 {
+		return errors.New("vms is empty")
+	}
+	if c.Retry < 0 {
+		return errors.New("retry is negative")
+	}
+	seen := map[string]bool{}
+	for _, vm := range c.VMs {
+		if err := store.ValidVM(vm.Name); err != nil {
+			return err
+		}
+		if seen[vm.Name] {
+			return fmt.Errorf("vm %s stands twice", vm.Name)
+		}
+		seen[vm.Name] = true
+		if len(vm.Disks) == 0 {
+			return fmt.Errorf("vm %s: disks is empty", vm.Name)
+		}
+		if vm.Every < time.Second {
+			return fmt.Errorf("vm %s: every must be 1s or more", vm.Name)
+		}
+		if vm.PauseBudget < 0 {
+			return fmt.Errorf("vm %s: pause_budget is negative", vm.Name)
+		}
+		if _, err := ParseQuiesce(vm.Quiesce); err != nil {
+			return fmt.Errorf("vm %s: %w", vm.Name, err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,329 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/tidemark/tidemark/cbt"
+	"github.com/tidemark/tidemark/store"
+)
+
+// outcome is the instant that the disks were brought to.
+type outcome struct {
+	instant     time.Time
+	consistency store.Consistency
+	quiesce     store.Quiesce
+	chosen      string
+}
+
+// maxHeld bounds the memory that the last round may take, in bytes.
+const maxHeld = 256 << 20
+
+// minWatch is how long a pause may at least last before the watchdog ends it.
+const minWatch = 3 * time.Second
+
+// convergence is one run of converge.
+type convergence struct {
+	job    Job
+	disks  []*disk
+	pauser Pauser
+	dog    *watchdog
+	outcome
+	pauses int
+	worst  time.Duration // what the last failed pause would have needed
+	meter  meter
+}
+
+// converge reads what changed, round after round, until the disks show one
+// instant: because nothing was written between two swaps, or because the
+// guest stood still for the last round.
+func (j Job) converge(ctx context.Context, disks []*disk) (_ outcome, err error) {
+	devs := make([]*device, len(disks))
+	for i, d := range disks {
+		devs[i] = d.device
+	}
+	c := &convergence{job: j, disks: disks, meter: meter{report: j.Progress}}
+	if c.pauser, c.chosen, err = j.Quiesce.pauser(devs); err != nil {
+		return outcome{}, err
+	}
+	defer func() { err = errors.Join(err, c.close()) }()
+	if c.pauser != nil {
+		if err := c.pauser.Prepare(ctx); err != nil {
+			return outcome{}, err
+		}
+		if c.dog, err = startWatchdog(j.Watchdog, c.pauser.rescue()); err != nil {
+			return outcome{}, err
+		}
+	}
+	err = c.rounds(ctx)
+	return c.outcome, err
+}
+
+func (c *convergence) close() error {
+	var err error
+	if c.pauser != nil {
+		err = c.pauser.Close()
+	}
+	if c.dog != nil {
+		err = errors.Join(err, c.dog.close())
+	}
+	return err
+}
+
+func (c *convergence) pending() int64 {
+	var n int64
+	for _, d := range c.disks {
+		n += d.pending.Bytes()
+	}
+	return n
+}
+
+// needs estimates how long the pending extents take to read.
+func (c *convergence) needs() time.Duration {
+	var s float64
+	for _, d := range c.disks {
+		s += float64(d.pending.Bytes()) / d.rate()
+	}
+	return time.Duration(s * 1e9)
+}
+
+func (c *convergence) rounds(ctx context.Context) error {
+	stalled := 0
+	for before := int64(-1); ; {
+		c.quiesce.Rounds++
+		if err := c.readRunning(ctx); err != nil {
+			return err
+		}
+		if c.pauser != nil {
+			if err := c.pauser.Flush(ctx); err != nil {
+				return err
+			}
+		}
+		if err := c.advanceAll(ctx); err != nil {
+			return err
+		}
+		left := c.pending()
+		if left == 0 {
+			// Nothing was submitted or completed between the swaps: what was
+			// read after the first of them is the disk at any moment in between.
+			c.instant, c.consistency, c.quiesce.Method = time.Now(), store.Crash, "quiet"
+			return nil
+		}
+		if before >= 0 && left > before*7/10 {
+			stalled++
+		}
+		before = left
+		last := c.quiesce.Rounds >= maxRounds || stalled >= 2
+		if c.pauser == nil {
+			if last {
+				return c.giveUp(ctx, fmt.Errorf("%w (%s)", ErrInUse, c.chosen))
+			}
+			continue
+		}
+		if !last && c.needs() > c.job.PauseBudget/4 {
+			continue
+		}
+		ok, err := c.pause(ctx)
+		if err != nil || ok {
+			return err
+		}
+		if c.pauses >= maxPauses {
+			return c.giveUp(ctx, fmt.Errorf("%w: after %d attempts the last round needs about %v, the budget is %v",
+				ErrPauseBudget, c.pauses, c.worst.Round(time.Millisecond), c.job.PauseBudget))
+		}
+	}
+}
+
+// giveUp ends without an instant: with an error, or, if that was asked for, with
+// a point that says so.
+func (c *convergence) giveUp(ctx context.Context, why error) error {
+	if !c.job.AllowInconsistent {
+		return why
+	}
+	c.quiesce.Rounds++
+	c.instant, c.consistency, c.quiesce.Method = time.Now(), store.None, "none"
+	c.chosen = "none: " + why.Error()
+	return c.readRunning(ctx)
+}
+
+// advanceAll closes an epoch of every disk before anything is read, so that
+// the epochs of all disks have a moment in common.
+func (c *convergence) advanceAll(ctx context.Context) error {
+	for _, d := range c.disks {
+		if err := d.sync(); err != nil {
+			return err
+		}
+	}
+	for _, d := range c.disks {
+		if err := d.advance(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *convergence) readRunning(ctx context.Context) error {
+	c.meter.start(Progress{Round: c.quiesce.Rounds, Total: c.pending(), Phase: "reading"})
+	for _, d := range c.disks {
+		err := d.device.read(ctx, d.pending, func(ctx context.Context, off int64, p []byte) error {
+			defer c.meter.add(int64(len(p)))
+			return d.out.Write(ctx, off, p)
+		})
+		if err != nil {
+			return err
+		}
+		d.read += d.pending.Bytes()
+		d.pending = nil
+	}
+	return nil
+}
+
+// held is a piece of a disk that was read while the guest stood still.
+type held struct {
+	disk *disk
+	off  int64
+	data []byte
+}
+
+// pause tries the last round. False means that it took too long, or that
+// somebody wrote all the same: then the guest runs again and the extents are pending.
+func (c *convergence) pause(ctx context.Context) (ok bool, err error) {
+	c.pauses++
+	c.quiesce.Rounds++
+	c.meter.start(Progress{Round: c.quiesce.Rounds, Total: c.pending(), Phase: "paused"})
+	if err := c.dog.arm(max(minWatch, 4*c.job.PauseBudget)); err != nil {
+		return false, err
+	}
+	begin := time.Now()
+	var pieces []held
+	pieces, ok, err = c.standStill(ctx, begin)
+	// Not ctx: a backup that is cancelled has to resume its guest too.
+	resumeCtx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	resumed := c.pauser.Resume(resumeCtx)
+	paused := time.Since(begin)
+	c.quiesce.Paused += paused
+	if resumed == nil {
+		// If the guest could not be resumed, the watchdog stays armed and does it.
+		resumed = c.dog.disarm()
+	}
+	if err = errors.Join(err, resumed); err != nil {
+		return false, err
+	}
+	if !ok {
+		c.worst = paused + c.needs()
+		return false, nil
+	}
+	c.consistency, c.quiesce.Method = c.pauser.Consistency(), c.pauser.Method()
+	return true, c.keep(ctx, pieces)
+}
+
+// standStill pauses, and reads what is pending then into memory.
+func (c *convergence) standStill(ctx context.Context, begin time.Time) ([]held, bool, error) {
+	if err := c.pauser.Pause(ctx); err != nil {
+		return nil, false, err
+	}
+	if err := c.settle(ctx); err != nil {
+		return nil, false, err
+	}
+	if err := c.advanceAll(ctx); err != nil {
+		return nil, false, err
+	}
+	before, err := c.writes()
+	if err != nil {
+		return nil, false, err
+	}
+	c.instant = time.Now()
+	deadline := begin.Add(c.job.PauseBudget)
+	if c.pending() > maxHeld || time.Now().Add(c.needs()/readers).After(deadline) {
+		return nil, false, nil
+	}
+	pieces, ok, err := c.hold(ctx, deadline)
+	if err != nil || !ok {
+		return nil, false, err
+	}
+	after, err := c.writes()
+	if err != nil {
+		return nil, false, err
+	}
+	// A writer that was not paused, or a write that was still in flight.
+	return pieces, slices.Equal(before, after), nil
+}
+
+// settle waits until no write has been seen for a moment.
+func (c *convergence) settle(ctx context.Context) error {
+	before, err := c.writes()
+	for range 20 {
+		if err != nil {
+			return err
+		}
+		if err := sleep(ctx, time.Millisecond); err != nil {
+			return err
+		}
+		var now []uint64
+		if now, err = c.writes(); slices.Equal(before, now) {
+			return err
+		}
+		before = now
+	}
+	return nil // the check at the end of the pause decides
+}
+
+func (c *convergence) writes() ([]uint64, error) {
+	out := make([]uint64, len(c.disks))
+	for i, d := range c.disks {
+		n, err := d.src.Writes()
+		if errors.Is(err, cbt.ErrUncounted) {
+			return nil, fmt.Errorf("%s: no instant can be proven: %w", d.path, err)
+		}
+		if err != nil {
+			return nil, err
+		}
+		out[i] = n
+	}
+	return out, nil
+}
+
+// hold reads the pending extents into memory; false if the deadline passes.
+func (c *convergence) hold(ctx context.Context, deadline time.Time) ([]held, bool, error) {
+	var pieces []held
+	var mu sync.Mutex
+	errLate := errors.New("late")
+	for _, d := range c.disks {
+		err := d.device.read(ctx, d.pending, func(_ context.Context, off int64, p []byte) error {
+			if time.Now().After(deadline) {
+				return errLate
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			pieces = append(pieces, held{d, off, slices.Clone(p)})
+			return nil
+		})
+		if errors.Is(err, errLate) {
+			return nil, false, nil
+		}
+		if err != nil {
+			return nil, false, err
+		}
+	}
+	return pieces, true, nil
+}
+
+// keep stores what was held. The guest runs already.
+func (c *convergence) keep(ctx context.Context, pieces []held) error {
+	for _, p := range pieces {
+		if err := p.disk.out.Write(ctx, p.off, p.data); err != nil {
+			return err
+		}
+		c.meter.add(int64(len(p.data)))
+		p.disk.read += int64(len(p.data))
+	}
+	for _, d := range c.disks {
+		d.pending = nil
+	}
+	return nil
+}

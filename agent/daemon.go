@@ -1,0 +1,109 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/tidemark/tidemark/cbt"
+	"github.com/tidemark/tidemark/store"
+)
+
+// Agent backs VMs up on a schedule.
+type Agent struct {
+	Config Config
+	Repo   *store.Repo
+	Source func(ctx context.Context, path string) (cbt.Source, error)
+	Tool   string
+	Log    *slog.Logger
+
+	// Ready, if set, is told the address that metrics are served at.
+	Ready func(net.Addr)
+}
+
+// Run works until ctx ends, and returns when all that it started has ended. A backup
+// that is under way is given up; the next run takes it up from the last point.
+func (a *Agent) Run(ctx context.Context) error {
+	m := newMetrics()
+	g, ctx := errgroup.WithContext(ctx)
+	if a.Config.Listen != "" {
+		l, err := net.Listen("tcp", a.Config.Listen)
+		if err != nil {
+			return fmt.Errorf("serve metrics: %w", err)
+		}
+		if a.Ready != nil {
+			a.Ready(l.Addr())
+		}
+		srv := &http.Server{Handler: m.handler(), ReadHeaderTimeout: 10 * time.Second}
+		g.Go(func() error {
+			if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+				return fmt.Errorf("serve metrics: %w", err)
+			}
+			return nil
+		})
+		g.Go(func() error {
+			<-ctx.Done()
+			return srv.Close()
+		})
+	}
+	// One backup at a time: they would compete for the same disks and cores.
+	turn := make(chan struct{}, 1)
+	for _, vm := range a.Config.VMs {
+		g.Go(func() error { return a.follow(ctx, vm, m, turn) })
+	}
+	if err := g.Wait(); err != nil && !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}
+
+func (a *Agent) follow(ctx context.Context, vm VMConfig, m *metrics, turn chan struct{}) error {
+	q, err := ParseQuiesce(vm.Quiesce)
+	if err != nil {
+		return err
+	}
+	job := Job{
+		VM: vm.Name, Disks: vm.Disks, Repo: a.Repo, Quiesce: q, Source: a.Source, PauseBudget: vm.PauseBudget, Tool: a.Tool,
+	}
+	log := a.Log.With("vm", vm.Name)
+	m.failed.WithLabelValues(vm.Name).Add(0) // so that the series exists from the start
+	for {
+		next := time.Now().Add(vm.Every)
+		select {
+		case <-ctx.Done():
+			return nil
+		case turn <- struct{}{}:
+		}
+		r, err := job.Run(ctx)
+		<-turn
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err != nil:
+			m.failed.WithLabelValues(vm.Name).Inc()
+			log.Error("backup failed", "error", err)
+			if a.Config.Retry > 0 && a.Config.Retry < vm.Every {
+				next = time.Now().Add(a.Config.Retry)
+			}
+		default:
+			m.success(vm.Name, r)
+			s := Sum(r.Point)
+			log.Info("restore point", "id", r.Point.ID, "changed", s.Changed, "read", s.Read, "stored", s.Stored,
+				"paused", r.Point.Quiesce.Paused, "consistency", r.Point.Consistency, "took", r.Took)
+			for _, d := range r.Point.Disks {
+				if d.Tracking.Mode == "compare" {
+					log.Warn("the whole disk was compared", "disk", d.Source, "reasons", d.Tracking.Reasons)
+				}
+			}
+		}
+		if err := sleep(ctx, time.Until(next)); err != nil {
+			return nil
+		}
+	}
+}

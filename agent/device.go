@@ -1,0 +1,149 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"github.com/tidemark/tidemark/cbt"
+)
+
+// readChunk is what one read asks of the device, in bytes: large enough that
+// the device streams, small enough that two readers share the work.
+const readChunk = 1 << 20
+
+// readers is the number of concurrent reads; each also hashes and compresses.
+const readers = 2
+
+// device is a disk that is being read. It reads past the host's page cache,
+// but coherently with it: the kernel writes dirty pages of the range back first.
+type device struct {
+	path string
+	size int64 // bytes
+	f    *os.File
+	bufs sync.Pool
+
+	bytes, nanos atomic.Int64 // of all reads so far
+}
+
+// rate is what one reader got of the device so far, in bytes per second.
+func (d *device) rate() float64 {
+	if n := d.nanos.Load(); n > 0 {
+		return float64(d.bytes.Load()) / float64(n) * 1e9
+	}
+	return 100e6 // a modest guess until something was read
+}
+
+func openDevice(path string) (*device, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECT, 0)
+	if errors.Is(err, unix.EINVAL) {
+		f, err = os.Open(path) // a file system without O_DIRECT
+	}
+	if err != nil {
+		return nil, err
+	}
+	size, err := f.Seek(0, io.SeekEnd)
+	if err != nil {
+		_ = f.Close()
+		return nil, fmt.Errorf("%s: size: %w", path, err)
+	}
+	if size == 0 {
+		_ = f.Close()
+		return nil, fmt.Errorf("%s: has no size: no medium, or not a disk", path)
+	}
+	d := &device{path: path, size: size, f: f}
+	d.bufs.New = func() any {
+		b := alignedBuffer(readChunk)
+		return &b
+	}
+	return d, nil
+}
+
+func (d *device) Close() error { return d.f.Close() }
+
+// sync makes what lies in the host's page cache reach the device, where the
+// tracker sees it. It doesn't flush the device's own cache: reads see that.
+func (d *device) sync() error {
+	const all = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
+	if err := unix.SyncFileRange(int(d.f.Fd()), 0, 0, all); err != nil {
+		return fmt.Errorf("sync %s: %w", d.path, err)
+	}
+	return nil
+}
+
+// alignedBuffer is page-aligned, as O_DIRECT wants it.
+func alignedBuffer(n int) []byte {
+	page := os.Getpagesize()
+	b := make([]byte, n+page)
+	skip := 0
+	if r := int(addressOf(b) % uintptr(page)); r != 0 {
+		skip = page - r
+	}
+	return b[skip : skip+n : skip+n]
+}
+
+// pieces cuts extents into reads of at most readChunk that begin at its multiples.
+func pieces(x cbt.Extents, yield func(off, n int64) bool) {
+	for _, e := range x {
+		for off, end := e.Off, e.Off+e.Len; off < end; {
+			n := min(readChunk-off%readChunk, end-off)
+			if !yield(off, n) {
+				return
+			}
+			off += n
+		}
+	}
+}
+
+// read hands every byte of x to put, in pieces, from several goroutines. The
+// piece is only valid during the call.
+func (d *device) read(ctx context.Context, x cbt.Extents, put func(ctx context.Context, off int64, p []byte) error) error {
+	g, work := errgroup.WithContext(ctx)
+	g.SetLimit(readers)
+	pieces(x, func(off, n int64) bool {
+		if work.Err() != nil {
+			return false
+		}
+		g.Go(func() error {
+			b := d.bufs.Get().(*[]byte)
+			defer d.bufs.Put(b)
+			if err := d.readAt((*b)[:n], off); err != nil {
+				return err
+			}
+			return put(work, off, (*b)[:n])
+		})
+		return true
+	})
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	return ctx.Err()
+}
+
+func (d *device) readAt(p []byte, off int64) error {
+	// The end of a file need not be a multiple of the sector, but O_DIRECT reads
+	// sectors: ask for more and take what there is.
+	q := p
+	if r := len(p) % 4096; r != 0 && off+int64(len(p)) == d.size && cap(p) >= len(p)+4096-r {
+		q = p[:len(p)+4096-r]
+	}
+	begin := time.Now()
+	n, err := d.f.ReadAt(q, off)
+	d.nanos.Add(int64(time.Since(begin)))
+	d.bytes.Add(int64(n))
+	if n >= len(p) {
+		return nil
+	}
+	if err == nil || errors.Is(err, io.EOF) {
+		err = io.ErrUnexpectedEOF // the disk shrank
+	}
+	return fmt.Errorf("read %s at %d: %w", d.path, off, err)
+}

@@ -1,0 +1,98 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/tidemark/tidemark/internal/qmp"
+	"github.com/tidemark/tidemark/store"
+)
+
+// qmpPauser pauses a QEMU guest. QEMU's stop returns when the virtual CPUs stand
+// and all block requests were drained and flushed (vm_stop and bdrv_drain_all
+// in softmmu/cpus.c).
+type qmpPauser struct {
+	socket string
+	client *qmp.Client
+	paused bool
+}
+
+func (q *qmpPauser) Method() string                 { return "qmp" }
+func (q *qmpPauser) Consistency() store.Consistency { return store.Crash }
+func (q *qmpPauser) rescue() rescue                 { return rescue{Kind: "qmp", Target: q.socket} }
+
+func (q *qmpPauser) Prepare(ctx context.Context) error {
+	var err error
+	q.client, err = qmp.Dial(ctx, q.socket, qmp.Options{})
+	if err != nil {
+		return fmt.Errorf("connect to QEMU's monitor at %s: %w", q.socket, err)
+	}
+	return nil
+}
+
+// Flush does nothing: what QEMU caches is the host's page cache, which is synced anyway.
+func (q *qmpPauser) Flush(context.Context) error { return nil }
+
+func (q *qmpPauser) Pause(ctx context.Context) error {
+	status, err := q.client.Status(ctx)
+	if err != nil {
+		return fmt.Errorf("ask for the guest's status: %w", err)
+	}
+	if status != qmp.StatusRunning {
+		return nil // stands already, and is not ours to resume
+	}
+	q.paused = true // also if stop fails half way
+	if err := q.client.Stop(ctx); err != nil {
+		return fmt.Errorf("pause the guest: %w", err)
+	}
+	return nil
+}
+
+func (q *qmpPauser) Resume(ctx context.Context) error {
+	if !q.paused {
+		return nil
+	}
+	if err := q.client.Cont(ctx); err != nil {
+		return fmt.Errorf("resume the guest: %w", err)
+	}
+	q.paused = false
+	return nil
+}
+
+func (q *qmpPauser) Close() error {
+	if q.client == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	return errors.Join(q.Resume(ctx), q.client.Close())
+}
+
+// rescueQMP resumes the guest if it is paused. It tries until ctx ends: the
+// monitor is busy for as long as the dead process' connection is not seen closed.
+func rescueQMP(ctx context.Context, socket string) error {
+	for {
+		err := func() error {
+			c, err := qmp.Dial(ctx, socket, qmp.Options{})
+			if err != nil {
+				return err
+			}
+			defer func() { _ = c.Close() }()
+			status, err := c.Status(ctx)
+			if err != nil || status != qmp.StatusPaused {
+				return err
+			}
+			return c.Cont(ctx)
+		}()
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
+}

@@ -1,0 +1,83 @@
+package main
+
+import (
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tidemark/tidemark/agent"
+	"github.com/tidemark/tidemark/store"
+)
+
+func newAgent(g *globals) *cobra.Command {
+	var file, granule string
+	c := &cobra.Command{
+		Use:   "agent --config FILE",
+		Short: "Back up on a schedule, and serve metrics",
+		Long: `Back up on a schedule until it is stopped, and serve Prometheus metrics at /metrics.
+
+The configuration is YAML:
+
+  repository: /srv/backup
+  listen: 127.0.0.1:9177      # metrics; leave it out for none
+  retry: 30s                  # after a failure; else the VM's interval
+  vms:
+    - name: web1
+      disks: [/dev/vg0/web1]
+      every: 5m
+      quiesce: auto           # as for backup
+      pause_budget: 100ms`,
+		Example: "  tidemark agent --config /etc/tidemark.yaml",
+		Args:    args(0, 0),
+		RunE: func(c *cobra.Command, _ []string) (err error) {
+			if file == "" {
+				return usageError{errors.New("agent: give --config FILE")}
+			}
+			cfg, err := agent.LoadConfig(file)
+			if err != nil {
+				return err
+			}
+			repo, err := store.Open(c.Context(), cfg.Repository)
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, repo.Close()) }()
+			src, err := g.sources(granule)
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, src.Close()) }()
+			if err := src.attach(); err != nil {
+				return err
+			}
+			var out io.Writer = os.Stderr
+			if g.quiet {
+				out = io.Discard
+			}
+			log := slog.New(slog.NewTextHandler(out, nil))
+			if g.json {
+				log = slog.New(slog.NewJSONHandler(out, nil))
+			}
+			a := &agent.Agent{
+				Config: cfg, Repo: repo, Source: src.open, Tool: toolName(), Log: log,
+				Ready: func(addr net.Addr) { log.Info("serving metrics", "address", addr.String()) },
+			}
+			return a.Run(c.Context())
+		},
+	}
+	c.Flags().StringVar(&file, "config", "", "configuration file")
+	c.Flags().StringVar(&granule, "granule", "64KiB", "tracking granule of devices that are not tracked yet")
+	return c
+}
+
+// newWatchdog is run by backup itself, see package agent.
+func newWatchdog() *cobra.Command {
+	return &cobra.Command{
+		Use: agent.WatchdogCommand, Hidden: true, Args: args(2, 2),
+		RunE: func(_ *cobra.Command, a []string) error { return agent.RunWatchdog(a, os.Stdin, os.Stdout) },
+	}
+}

@@ -1,0 +1,125 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tidemark/tidemark/agent"
+	"github.com/tidemark/tidemark/store"
+)
+
+func newBackup(g *globals) *cobra.Command {
+	var o struct {
+		disks        []string
+		quiesce      string
+		budget       time.Duration
+		granule      string
+		inconsistent bool
+	}
+	c := &cobra.Command{
+		Use:   "backup NAME --disk DEV [--disk DEV...] -r REPO",
+		Short: "Make a restore point of a VM",
+		Long: `Make a restore point of the VM called NAME: all of its disks at one instant.
+
+The first point reads the whole disk; later ones read what the tracker saw
+changing. If tracking can't be proven complete, the whole disk is compared with the
+last point and only differences are stored; the summary and the point say why.
+
+The instant is found by reading while the guest runs, round after round, and
+pausing it for the last one, for no longer than the pause budget. Nobody is paused if
+nothing was written meanwhile. --quiesce says how to pause:
+
+  auto        find out who uses the disk (QEMU's monitor, a mount on this host)
+  qmp=SOCKET  QEMU's stop and cont
+  freeze=DIR  freeze the file system mounted at DIR on this host
+  pid=PID     stop the process
+  none        don't; succeeds only if the disk is quiet by itself`,
+		Example: `  tidemark backup web1 --disk /dev/vg0/web1 -r /srv/backup
+  tidemark backup web1 --disk /dev/loop0 --quiesce qmp=/run/web1.qmp --pause-budget 50ms -r /srv/backup`,
+		Args: args(1, 1),
+		RunE: func(c *cobra.Command, a []string) (err error) {
+			if len(o.disks) == 0 {
+				return usageError{errors.New("backup: give at least one --disk")}
+			}
+			if o.budget <= 0 {
+				return usageError{errors.New("backup: --pause-budget must be positive")}
+			}
+			if err := store.ValidVM(a[0]); err != nil {
+				return usageError{err}
+			}
+			q, err := agent.ParseQuiesce(o.quiesce)
+			if err != nil {
+				return err
+			}
+			repo, err := g.open(c.Context())
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, repo.Close()) }()
+			src, err := g.sources(o.granule)
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, src.Close()) }()
+			p := g.progress()
+			job := agent.Job{
+				VM: a[0], Disks: o.disks, Repo: repo, Quiesce: q, Source: src.open, PauseBudget: o.budget,
+				AllowInconsistent: o.inconsistent, Tool: toolName(), Progress: p.backup,
+			}
+			r, err := job.Run(c.Context())
+			p.end()
+			if r.Point == nil {
+				return err
+			}
+			switch {
+			case g.json:
+				err = errors.Join(err, printJSON(c.OutOrStdout(), r))
+			case !g.quiet:
+				err = errors.Join(err, summary(c.OutOrStdout(), r))
+			}
+			return err
+		},
+	}
+	f := c.Flags()
+	f.StringArrayVar(&o.disks, "disk", nil, "block device of the VM; repeat for more, always in the same order")
+	f.StringVar(&o.quiesce, "quiesce", "auto", "how to pause: auto, qmp=SOCKET, freeze=DIR, pid=PID or none")
+	f.DurationVar(&o.budget, "pause-budget", agent.DefaultPauseBudget, "how long the guest may stand still")
+	f.StringVar(&o.granule, "granule", "64KiB", "tracking granule of a device that is not tracked yet")
+	f.BoolVar(&o.inconsistent, "allow-inconsistent", false, "accept a point that shows no single instant, and mark it so")
+	return c
+}
+
+// summary prints what a backup did, in a line, and below it all that a person
+// must not overlook.
+func summary(w io.Writer, r agent.Result) error {
+	p, s := r.Point, agent.Sum(r.Point)
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s@%s  %s  changed %s, read %s, stored %s, paused %s  (%s; %d rounds, %s, took %s)\n", p.VM, p.ID, modes(p),
+		size(s.Changed), size(s.Read), size(s.Stored), short(p.Quiesce.Paused), p.Consistency, p.Quiesce.Rounds, p.Quiesce.Method, short(r.Took))
+	for _, d := range p.Disks {
+		for _, why := range d.Tracking.Reasons {
+			fmt.Fprintf(&b, "  %s: compared with the last point, because: %s\n", d.Source, why)
+		}
+	}
+	if p.Consistency == store.None {
+		fmt.Fprintf(&b, "  WARNING: the point shows no single instant (%s)\n", r.Chosen)
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// modes is how the point's disks were read: "full", "tracked", "compare".
+func modes(p *store.Point) string {
+	var out []string
+	for _, d := range p.Disks {
+		if len(out) == 0 || out[len(out)-1] != d.Tracking.Mode {
+			out = append(out, d.Tracking.Mode)
+		}
+	}
+	return strings.Join(out, "+")
+}

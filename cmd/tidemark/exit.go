@@ -1,0 +1,76 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"strings"
+
+	"github.com/tidemark/tidemark/agent"
+	"github.com/tidemark/tidemark/bpf"
+	"github.com/tidemark/tidemark/store"
+)
+
+// Exit codes; `tidemark help exit-codes` says the same.
+const (
+	exitOK          = 0
+	exitFailed      = 1
+	exitUsage       = 2
+	exitUnsupported = 3   // this host, or this user, can't
+	exitBusy        = 4   // another tidemark process is at it: try again
+	exitCorrupt     = 5   // damage was found
+	exitInterrupted = 130 // by a signal
+)
+
+// usageError marks errors of the command line itself.
+type usageError struct{ error }
+
+func (u usageError) Unwrap() error { return u.error }
+
+// errProblems ends a command whose findings were printed already.
+var errProblems = errors.New("problems were found")
+
+func exitCode(ctx context.Context, err error) int {
+	var usage usageError
+	switch {
+	case err == nil:
+		return exitOK
+	case errors.As(err, &usage), errors.Is(err, agent.ErrQuiesceSyntax), errors.Is(err, agent.ErrConfig):
+		return exitUsage
+	case errors.Is(err, bpf.ErrPermission), errors.Is(err, bpf.ErrNoBTF), errors.Is(err, bpf.ErrUntrackable):
+		return exitUnsupported
+	case errors.Is(err, bpf.ErrBusy), errors.Is(err, store.ErrLocked):
+		return exitBusy
+	case errors.Is(err, store.ErrCorrupt), errors.Is(err, errProblems):
+		return exitCorrupt
+	case ctx.Err() != nil && errors.Is(err, context.Canceled):
+		return exitInterrupted
+	}
+	return exitFailed
+}
+
+// message adds what to do next, where that is known.
+func message(err error) string {
+	hints := []struct {
+		err  error
+		hint string
+	}{
+		{bpf.ErrPermission, "run it as root, or with sudo"},
+		{bpf.ErrNoBTF, "run `tidemark doctor` to see what this kernel can do"},
+		{bpf.ErrPartition, "VMs that use a partition as their disk are not tracked yet"},
+		{bpf.ErrNotAttached, "`tidemark track DEVICE` attaches it"},
+		{bpf.ErrBusy, "wait for the backup that is running, or see `tidemark status`"},
+		{store.ErrLocked, "wait for the backup of this VM that is running"},
+		{store.ErrNotRepository, "`tidemark init -r REPO` makes one"},
+		{agent.ErrPauseBudget, "give more with --pause-budget, or run it when the guest writes less"},
+		{agent.ErrInUse, "name what can pause it with --quiesce qmp=SOCKET, freeze=DIR or pid=PID; or accept a point that shows no single instant with --allow-inconsistent"},
+	}
+	for _, h := range hints {
+		if errors.Is(err, h.err) {
+			return clean(err) + "\n  " + h.hint
+		}
+	}
+	return clean(err)
+}
+
+// clean shows joined errors in one line each, indented.
+func clean(err error) string { return strings.ReplaceAll(err.Error(), "\n", "\n  ") }

@@ -1,0 +1,152 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tidemark/tidemark/fusefs"
+)
+
+// mountedEnv tells a background process which pipe to report to.
+const mountedEnv = "TIDEMARK_MOUNTED_FD"
+
+func newMount(g *globals) *cobra.Command {
+	var o fusefs.Options
+	var daemon bool
+	c := &cobra.Command{
+		Use:   "mount DIR -r REPO",
+		Short: "Show every restore point as files",
+		Long: `Show every restore point of every VM as files, read-only:
+
+  DIR/NAME/2026-11-22T18-30-00Z/disk0.raw   the disk
+  DIR/NAME/2026-11-22T18-30-00Z/point.json  what is known of the point
+  DIR/NAME/latest                           link to the newest
+
+New points appear by themselves. Works in the foreground until interrupted or unmounted;
+--daemon returns when the files are there.`,
+		Example: `  tidemark mount /mnt/points -r /srv/backup --daemon
+  mount -o loop,ro,noload /mnt/points/web1/latest/disk0.raw /mnt/disk
+  fusermount3 -u /mnt/points`,
+		Args: args(1, 1),
+		RunE: func(c *cobra.Command, a []string) (err error) {
+			if daemon {
+				return mountInBackground(c.Context())
+			}
+			cat, repo, err := g.catalog(c.Context())
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, repo.Close()) }()
+			srv, err := fusefs.Mount(c.Context(), a[0], cat, o)
+			if err != nil {
+				return err
+			}
+			if err := reportMounted(); err != nil {
+				return errors.Join(err, srv.Unmount())
+			}
+			if !g.quiet && os.Getenv(mountedEnv) == "" {
+				_, _ = fmt.Fprintf(c.OutOrStdout(), "mounted at %s; interrupt or `fusermount3 -u %s` ends it\n", a[0], a[0])
+			}
+			return serveMount(c.Context(), srv)
+		},
+	}
+	c.Flags().BoolVar(&o.AllowOther, "allow-other", false, "let other users read it (needs user_allow_other in /etc/fuse.conf unless root)")
+	c.Flags().BoolVar(&daemon, "daemon", false, "go to the background when mounted")
+	return c
+}
+
+// serveMount waits until the mount ends, by itself or by a signal.
+func serveMount(ctx context.Context, srv *fusefs.Server) error {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		srv.Wait()
+	}()
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+	}
+	for {
+		err := srv.Unmount()
+		if err == nil {
+			<-done
+			return nil
+		}
+		// Somebody has a file open: say so, and leave when they do.
+		fmt.Fprintln(os.Stderr, "tidemark: "+err.Error()+": waiting for it to be let go")
+		select {
+		case <-done:
+			return nil
+		case <-time.After(2 * time.Second):
+		}
+	}
+}
+
+// mountInBackground runs the same command without --daemon in a session of its
+// own, and returns when it has mounted.
+func mountInBackground(ctx context.Context) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = r.Close() }()
+	var argv []string
+	for _, a := range os.Args[1:] {
+		if a != "--daemon" && a != "--daemon=true" {
+			argv = append(argv, a)
+		}
+	}
+	errFile, err := os.CreateTemp("", "tidemark-mount-")
+	if err != nil {
+		return err
+	}
+	defer func() { _ = errFile.Close(); _ = os.Remove(errFile.Name()) }()
+	child := exec.Command(self, argv...)
+	child.Env = append(os.Environ(), mountedEnv+"=3")
+	child.ExtraFiles = []*os.File{w}
+	child.Stderr = errFile
+	child.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := child.Start(); err != nil {
+		return fmt.Errorf("start the mount: %w", err)
+	}
+	_ = w.Close()
+	stop := context.AfterFunc(ctx, func() { _ = r.Close() })
+	defer stop()
+	if n, _ := r.Read(make([]byte, 1)); n == 1 {
+		return child.Process.Release()
+	}
+	_ = child.Process.Signal(syscall.SIGTERM)
+	_ = child.Wait()
+	why, _ := os.ReadFile(errFile.Name())
+	return fmt.Errorf("mount in the background: %s", why)
+}
+
+// reportMounted tells the foreground process, if there is one.
+func reportMounted() error {
+	if os.Getenv(mountedEnv) == "" {
+		return nil
+	}
+	f := os.NewFile(3, "mounted")
+	_, err := f.Write([]byte{1})
+	return errors.Join(err, f.Close())
+}
+
+func absolute(path string) string {
+	if p, err := filepath.Abs(path); err == nil {
+		return p
+	}
+	return path
+}

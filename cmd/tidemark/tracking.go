@@ -1,0 +1,221 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/bits"
+	"os"
+	"strings"
+
+	"github.com/dustin/go-humanize"
+	"github.com/spf13/cobra"
+
+	"github.com/tidemark/tidemark/bpf"
+	"github.com/tidemark/tidemark/cbt"
+)
+
+// sources opens changed-block sources with one tracker, which is opened when
+// the first block device asks for it.
+type sources struct {
+	pins    string
+	shift   uint
+	tracker *bpf.Tracker
+}
+
+func (g *globals) sources(granule string) (*sources, error) {
+	shift, err := granuleShift(granule)
+	return &sources{pins: g.pins, shift: shift}, err
+}
+
+func granuleShift(s string) (uint, error) {
+	n, err := humanize.ParseBytes(s)
+	if err != nil || bits.OnesCount64(n) != 1 || n < 1<<bpf.MinGranuleShift || n > 1<<bpf.MaxGranuleShift {
+		return 0, usageError{fmt.Errorf("--granule %q: must be a power of two from 4KiB to 1MiB", s)}
+	}
+	return uint(bits.TrailingZeros64(n)), nil
+}
+
+func (s *sources) open(_ context.Context, path string) (cbt.Source, error) {
+	st, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if st.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s: %w: an image file; attach it with `losetup -f --show FILE` and let the VM use the loop device", path, bpf.ErrUntrackable)
+	}
+	if err := s.attach(); err != nil {
+		return nil, err
+	}
+	return cbt.OpenTracked(s.tracker, path, s.shift)
+}
+
+func (s *sources) attach() error {
+	if s.tracker != nil {
+		return nil
+	}
+	var err error
+	s.tracker, err = bpf.Open(bpf.Options{Dir: s.pins})
+	return err
+}
+
+func (s *sources) Close() error {
+	if s.tracker == nil {
+		return nil
+	}
+	return s.tracker.Close()
+}
+
+func newTrack(g *globals) *cobra.Command {
+	var granule string
+	c := &cobra.Command{
+		Use:   "track DEV...",
+		Short: "Start tracking the writes to block devices",
+		Long: `Start tracking the writes to block devices. Tracking goes on in the kernel until
+untrack or reboot, whether or not a tidemark process runs, and whether or not a VM
+uses the device.`,
+		Example: "  tidemark track /dev/loop0\n  tidemark track /dev/vg0/web1 /dev/vg0/web1-data --granule 16KiB",
+		Args:    args(1, -1),
+		RunE: func(c *cobra.Command, devs []string) (err error) {
+			s, err := g.sources(granule)
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, s.Close()) }()
+			for _, dev := range devs {
+				src, err := s.open(c.Context(), dev)
+				if err != nil {
+					return err
+				}
+				t := src.(*cbt.Tracked)
+				if !g.quiet {
+					what := "was tracked already"
+					if len(t.Began()) > 0 {
+						what = "is tracked from now on"
+					}
+					_, _ = fmt.Fprintf(c.OutOrStdout(), "%s %s, granule %s\n", dev, what, size(t.Granule()))
+				}
+				if err := t.Close(); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+	}
+	c.Flags().StringVar(&granule, "granule", "64KiB", "what one bit stands for, 4KiB to 1MiB")
+	return c
+}
+
+func newUntrack(g *globals) *cobra.Command {
+	var all bool
+	c := &cobra.Command{
+		Use:   "untrack DEV... | --all",
+		Short: "Stop tracking; the next backup compares the whole disk",
+		Example: `  tidemark untrack /dev/loop0
+  tidemark untrack --all      # detaches the programs too`,
+		Args: args(0, -1),
+		RunE: func(c *cobra.Command, devs []string) (err error) {
+			if all != (len(devs) == 0) {
+				return usageError{errors.New("untrack: give devices, or --all")}
+			}
+			if all {
+				return bpf.Remove(g.pins)
+			}
+			tr, err := bpf.Open(bpf.Options{Dir: g.pins, AdoptOnly: true})
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, tr.Close()) }()
+			for _, path := range devs {
+				dev, err := bpf.Lookup(path)
+				if err != nil {
+					return err
+				}
+				r, err := tr.Acquire(dev)
+				if err != nil {
+					return err
+				}
+				if err := r.Unregister(); err != nil {
+					return fmt.Errorf("untrack %s: %w", path, err)
+				}
+				if !g.quiet {
+					_, _ = fmt.Fprintf(c.OutOrStdout(), "%s is not tracked any more\n", path)
+				}
+			}
+			return nil
+		},
+	}
+	c.Flags().BoolVar(&all, "all", false, "all devices, and detach the tracker")
+	return c
+}
+
+// trackedDevice is a row of status.
+type trackedDevice struct {
+	Device   string   `json:"device"`
+	Number   string   `json:"number"`
+	Size     int64    `json:"size"`
+	Granule  int64    `json:"granule"`
+	Epoch    uint64   `json:"epoch"`
+	Since    string   `json:"since"`
+	Dirty    int64    `json:"dirty_bytes"`
+	Retained int      `json:"retained_epochs"`
+	Memory   int64    `json:"bitmap_bytes"`
+	Writes   uint64   `json:"writes"`
+	Bytes    uint64   `json:"written_bytes"`
+	Discards uint64   `json:"discards"`
+	Unknown  []string `json:"unknown,omitempty"`
+}
+
+func newStatus(g *globals) *cobra.Command {
+	return &cobra.Command{
+		Use:   "status",
+		Short: "List the tracked devices",
+		Args:  args(0, 0),
+		RunE: func(c *cobra.Command, _ []string) (err error) {
+			rows := []trackedDevice{}
+			tr, err := bpf.Open(bpf.Options{Dir: g.pins, AdoptOnly: true})
+			if err == nil {
+				defer func() { err = errors.Join(err, tr.Close()) }()
+				all, err := tr.Status()
+				if err != nil {
+					return err
+				}
+				for _, s := range all {
+					rows = append(rows, trackedRow(s))
+				}
+			} else if !errors.Is(err, bpf.ErrNotAttached) {
+				return err
+			}
+			if g.json {
+				return printJSON(c.OutOrStdout(), rows)
+			}
+			if len(rows) == 0 {
+				_, err := fmt.Fprintln(c.OutOrStdout(), "nothing is tracked")
+				return err
+			}
+			t := newTable(c.OutOrStdout(), "DEVICE", "SIZE", "GRANULE", "EPOCH", "CHANGED", "WRITES", "WRITTEN", "MEMORY", "SINCE", "STATE")
+			for _, r := range rows {
+				state := "ok"
+				if len(r.Unknown) > 0 {
+					state = "unknown: " + strings.Join(r.Unknown, "; ")
+				}
+				t.row(r.Device, size(r.Size), size(r.Granule), fmt.Sprint(r.Epoch), size(r.Dirty), fmt.Sprint(r.Writes),
+					size(int64(r.Bytes)), size(r.Memory), r.Since, state)
+			}
+			return t.flush()
+		},
+	}
+}
+
+func trackedRow(s bpf.Status) trackedDevice {
+	name := "(gone)"
+	if s.Name != "" {
+		name = "/dev/" + s.Name
+	}
+	return trackedDevice{
+		Device: name, Number: fmt.Sprintf("%d:%d", s.Major, s.Minor), Size: s.Size, Granule: s.Granule, Epoch: s.Epoch,
+		Since: clock(s.Since), Dirty: int64(s.Dirty) * s.Granule, Retained: s.Retained, Memory: s.BitmapBytes,
+		Writes: s.Counts.Submits, Bytes: s.Counts.SubmitSectors * 512, Discards: s.Counts.Discards,
+		Unknown: append(s.Taint.Reasons(), s.Loss.Reasons()...),
+	}
+}

@@ -1,0 +1,104 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tidemark/tidemark/store"
+)
+
+func newVerify(g *globals) *cobra.Command {
+	var quick bool
+	c := &cobra.Command{
+		Use:   "verify [NAME[@POINT]] -r REPO",
+		Short: "Prove that restore points are whole",
+		Long: `Prove that restore points are whole: read every byte of them and check it against
+its hash. --quick checks that all that is needed is there, without reading the data.`,
+		Example: "  tidemark verify -r /srv/backup\n  tidemark verify web1@latest --quick -r /srv/backup",
+		Args:    args(0, 1),
+		RunE: func(c *cobra.Command, a []string) (err error) {
+			repo, err := g.open(c.Context())
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, repo.Close()) }()
+			points, err := pointsToVerify(c, repo, a)
+			if err != nil {
+				return err
+			}
+			reports := []store.VerifyReport{}
+			problems := 0
+			for _, p := range points {
+				bar := g.progress()
+				r, err := repo.Verify(c.Context(), p, !quick, func(done, total int64) { bar.bytes(p.VM+"@"+p.ID, done, total) })
+				bar.end()
+				if err != nil {
+					return err
+				}
+				reports = append(reports, r)
+				problems += len(r.Problems)
+				if g.json {
+					continue
+				}
+				state := "good"
+				if len(r.Problems) > 0 {
+					state = "DAMAGED"
+				}
+				_, _ = fmt.Fprintf(c.OutOrStdout(), "%s@%s  %s  %d grains, %s\n", p.VM, p.ID, state, r.Grains, size(r.Bytes))
+				for _, x := range r.Problems {
+					_, _ = fmt.Fprintf(c.OutOrStdout(), "  %s: %s, bytes %d to %d: %s\n", x.Object, x.Disk, x.Off, x.Off+x.Len, x.What)
+				}
+			}
+			if g.json {
+				if err := printJSON(c.OutOrStdout(), reports); err != nil {
+					return err
+				}
+			}
+			if problems > 0 {
+				return errProblems
+			}
+			return nil
+		},
+	}
+	c.Flags().BoolVar(&quick, "quick", false, "check the structure, don't read the data")
+	return c
+}
+
+func pointsToVerify(c *cobra.Command, repo *store.Repo, a []string) ([]*store.Point, error) {
+	ctx := c.Context()
+	if len(a) == 1 && strings.Contains(a[0], "@") {
+		p, err := repo.Find(ctx, a[0])
+		if err != nil {
+			return nil, err
+		}
+		return []*store.Point{p}, nil
+	}
+	vms := a
+	if len(vms) == 0 {
+		var err error
+		if vms, err = repo.VMs(ctx); err != nil {
+			return nil, err
+		}
+	}
+	var out []*store.Point
+	for _, vm := range vms {
+		names, err := repo.Points(ctx, vm)
+		if err != nil {
+			return nil, err
+		}
+		if len(names) == 0 {
+			return nil, fmt.Errorf("%s: %w: it has no restore point", vm, store.ErrNotFound)
+		}
+		for _, n := range names {
+			p, err := repo.Point(ctx, n)
+			if err != nil {
+				return nil, err
+			}
+			out = append(out, p)
+		}
+	}
+	return out, nil
+}
