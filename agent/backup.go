@@ -57,9 +57,9 @@ type Progress struct {
 
 // Result is a backup that is durable.
 type Result struct {
-	Point  *store.Point
-	Chosen string // how the instant was reached, and why that way
-	Took   time.Duration
+	Point  *store.Point  `json:"point"`
+	Chosen string        `json:"chosen"` // how the instant was reached, and why that way
+	Took   time.Duration `json:"took_ns"`
 }
 
 // ErrNoDisk is wrapped when a job names none.
@@ -135,7 +135,7 @@ func (d *disk) close() error {
 	if d.src != nil {
 		err = d.src.Close()
 	}
-	return errors.Join(err, d.device.Close())
+	return errors.Join(err, d.f.Close())
 }
 
 // open opens the disks and decides for each from where to count changes.

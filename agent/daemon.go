@@ -33,7 +33,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	m := newMetrics()
 	g, ctx := errgroup.WithContext(ctx)
 	if a.Config.Listen != "" {
-		l, err := net.Listen("tcp", a.Config.Listen)
+		l, err := new(net.ListenConfig).Listen(ctx, "tcp", a.Config.Listen)
 		if err != nil {
 			return fmt.Errorf("serve metrics: %w", err)
 		}
@@ -77,14 +77,14 @@ func (a *Agent) follow(ctx context.Context, vm VMConfig, m *metrics, turn chan s
 		next := time.Now().Add(vm.Every)
 		select {
 		case <-ctx.Done():
-			return nil
+			return ctx.Err()
 		case turn <- struct{}{}:
 		}
 		r, err := job.Run(ctx)
 		<-turn
 		switch {
 		case ctx.Err() != nil:
-			return nil
+			return ctx.Err()
 		case err != nil:
 			m.failed.WithLabelValues(vm.Name).Inc()
 			log.Error("backup failed", "error", err)
@@ -103,7 +103,7 @@ func (a *Agent) follow(ctx context.Context, vm VMConfig, m *metrics, turn chan s
 			}
 		}
 		if err := sleep(ctx, time.Until(next)); err != nil {
-			return nil
+			return err
 		}
 	}
 }

@@ -67,8 +67,6 @@ func openDevice(path string) (*device, error) {
 	return d, nil
 }
 
-func (d *device) Close() error { return d.f.Close() }
-
 // sync makes what lies in the host's page cache reach the device, where the
 // tracker sees it. It doesn't flush the device's own cache: reads see that.
 func (d *device) sync() error {

@@ -52,7 +52,8 @@ func startWatchdog(command []string, r rescue) (*watchdog, error) {
 		command = []string{"/proc/self/exe", WatchdogCommand}
 	}
 	args := append(append([]string(nil), command[1:]...), r.Kind, r.Target)
-	w := &watchdog{cmd: exec.Command(command[0], args...)}
+	// Without a context: it must outlive whatever ends the backup.
+	w := &watchdog{cmd: exec.CommandContext(context.Background(), command[0], args...)}
 	w.cmd.Stderr = os.Stderr
 	// A session of its own: what kills our process group must not kill it.
 	w.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}

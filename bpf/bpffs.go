@@ -22,7 +22,7 @@ func openDir(dir string) (*os.File, error) {
 		}
 	}
 	if !isBPFFS(parent) {
-		return nil, fmt.Errorf("%s is not a bpffs: mount -t bpf bpf %s", parent, parent)
+		return nil, fmt.Errorf("%s is not a bpffs: mount one there with -t bpf", parent)
 	}
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return nil, fmt.Errorf("make the tracker's directory: %w", err)

@@ -32,6 +32,7 @@ const (
 	hdrMissBase = 20 // one word per program, when opened
 	hdrMissed   = 32 // one word per program, at close: missed while open
 	hdrInstance = 44
+	hdrTracked  = 45 // when the device was registered
 )
 
 const headerMagic = 0x5449_4445_4550_0000 | layoutVersion // "TIDEP"

@@ -7,9 +7,7 @@ import (
 	"path/filepath"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/btf"
-	"github.com/cilium/ebpf/features"
 	"golang.org/x/sys/unix"
 )
 
@@ -36,11 +34,23 @@ func Probe() []Check {
 		root = Check{Name: "privilege", Err: ErrPermission}
 	}
 	checks = append(checks, root, probeBTF(), probeBPFFS())
-	loop := Check{Name: "BPF programs", Note: "tracing programs and bpf_loop"}
-	if err := features.HaveProgramHelper(ebpf.Tracing, asm.FnLoop); err != nil {
-		loop.Err = fmt.Errorf("bpf_loop in tracing programs (kernel 5.17): %w", err)
+	return append(checks, probeLoad())
+}
+
+// probeLoad lets the kernel's verifier look at the programs. They are not attached.
+func probeLoad() Check {
+	c := Check{Name: "BPF programs", Note: "the verifier accepts them"}
+	spec, err := loadTracker()
+	if err == nil {
+		var coll *ebpf.Collection
+		if coll, err = ebpf.NewCollection(spec); err == nil {
+			coll.Close()
+		}
 	}
-	return append(checks, loop)
+	if c.Err = err; err != nil && os.Geteuid() != 0 {
+		c.Err = ErrPermission
+	}
+	return c
 }
 
 func probeBTF() Check {

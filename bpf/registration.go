@@ -96,7 +96,7 @@ func (t *Tracker) Register(dev Device, shift uint) (*Registration, error) {
 		return nil, err
 	}
 	granules := uint64(dev.Size+(1<<shift)-1) >> shift
-	if r.current, err = r.begin(shape{n: 1, granules: granules, shift: shift, size: dev.Size, diskSeq: dev.DiskSeq}); err != nil {
+	if r.current, err = r.begin(shape{n: 1, granules: granules, shift: shift, size: dev.Size, diskSeq: dev.DiskSeq, tracked: uint64(time.Now().UnixNano())}); err != nil {
 		_ = r.Close()
 		return nil, err
 	}
@@ -271,6 +271,7 @@ type shape struct {
 	shift       uint
 	size        int64
 	diskSeq     uint64
+	tracked     uint64 // UnixNano
 }
 
 // begin makes and pins an epoch; nothing writes to it before it is installed.
@@ -296,6 +297,7 @@ func (r *Registration) begin(s shape) (*Epoch, error) {
 	w[hdrFirst], w[hdrLast] = s.n, s.n
 	w[hdrOpenedAt] = uint64(time.Now().UnixNano())
 	w[hdrInstance] = r.t.instance
+	w[hdrTracked] = s.tracked
 	copy(w[hdrMissBase:], missed[:])
 	w[hdrHostBase] = r.t.hostMap.words[hostNoEpoch]
 	w[hdrHostBase+1] = r.t.hostMap.words[hostPassthrough]
@@ -318,7 +320,7 @@ func (r *Registration) begin(s shape) (*Epoch, error) {
 // it. It stays retained, also when this process dies, until Release.
 func (r *Registration) Swap() (*Epoch, error) {
 	c := r.current
-	next, err := r.begin(shape{n: c.Last() + 1, granules: c.Granules(), shift: c.GranuleShift(), size: c.Size(), diskSeq: c.DiskSeq()})
+	next, err := r.begin(shape{n: c.Last() + 1, granules: c.Granules(), shift: c.GranuleShift(), size: c.Size(), diskSeq: c.DiskSeq(), tracked: c.hdr(hdrTracked)})
 	if err != nil {
 		return nil, err
 	}

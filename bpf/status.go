@@ -56,10 +56,8 @@ func (t *Tracker) status(key uint32, d trackerDevice) (Status, error) {
 	if err != nil {
 		return s, err
 	}
-	for i, e := range epochs {
-		if i == 0 {
-			s.Since = e.Opened()
-		}
+	for _, e := range epochs {
+		s.Since = time.Unix(0, int64(e.hdr(hdrTracked)))
 		s.Size, s.Epoch = e.Size(), e.Last()
 		s.Dirty += e.Dirty()
 		s.BitmapBytes += int64(len(e.mem.mem))

@@ -136,7 +136,7 @@ func (t *Tracker) Close() error {
 		regs = append(regs, r)
 	}
 	t.mu.Unlock()
-	var errs []error
+	errs := make([]error, 0, len(regs))
 	for _, r := range regs {
 		errs = append(errs, r.Close())
 	}
@@ -212,7 +212,7 @@ func (t *Tracker) adopt() error {
 	var err error
 	t.meta, err = ebpf.LoadPinnedMap(filepath.Join(t.dir, "meta"), nil)
 	if errors.Is(err, os.ErrNotExist) {
-		return errors.New("no tracker was attached on this boot")
+		return errors.New("no tracker was attached")
 	}
 	if err != nil {
 		return fmt.Errorf("adopt the pinned tracker: %w", err)

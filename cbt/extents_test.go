@@ -12,9 +12,9 @@ func TestBitmapExtentsAreTheSetBits(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		words := rapid.SliceOfN(rapid.OneOf(rapid.Just(uint64(0)), rapid.Just(^uint64(0)), rapid.Uint64()), 1, 8).Draw(t, "words")
 		size := int64(len(words))*64<<12 - rapid.Int64Range(0, 4095).Draw(t, "short")
-		var want []bool
-		for i := range len(words) * 64 {
-			want = append(want, words[i/64]>>(i%64)&1 == 1)
+		want := make([]bool, len(words)*64)
+		for i := range want {
+			want[i] = words[i/64]>>(i%64)&1 == 1
 		}
 		got := make([]bool, len(want))
 		end := int64(-1)

@@ -30,9 +30,9 @@ tracked here. It changes nothing.`,
 		Example: "  tidemark doctor\n  tidemark doctor -r /srv/backup   # looks at the repository's file system too",
 		Args:    args(0, 0),
 		RunE: func(c *cobra.Command, _ []string) error {
-			var all []finding
-			can := true
-			for _, k := range bpf.Probe() {
+			checks, can := bpf.Probe(), true
+			all := make([]finding, 0, len(checks)+8)
+			for _, k := range checks {
 				f := finding{For: "tracking", Check: k.Name, State: "ok", Note: k.Note}
 				if k.Err != nil {
 					f.State, f.Note, can = "missing", k.Err.Error(), false

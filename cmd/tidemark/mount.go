@@ -114,7 +114,7 @@ func mountInBackground(ctx context.Context) error {
 		return err
 	}
 	defer func() { _ = errFile.Close(); _ = os.Remove(errFile.Name()) }()
-	child := exec.Command(self, argv...)
+	child := exec.CommandContext(context.WithoutCancel(ctx), self, argv...)
 	child.Env = append(os.Environ(), mountedEnv+"=3")
 	child.ExtraFiles = []*os.File{w}
 	child.Stderr = errFile

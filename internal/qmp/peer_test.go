@@ -4,7 +4,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
-	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -47,15 +47,18 @@ func fakePeer(t *testing.T, serve func(net.Conn)) string {
 	return sock
 }
 
+// send ignores errors: a client that has gone away is part of some tests.
+func send(conn net.Conn, text string) { _, _ = io.WriteString(conn, text) }
+
 // negotiated greets, takes the negotiation and hands over to serve.
 func negotiated(serve func(conn net.Conn, in *bufio.Reader)) func(net.Conn) {
 	return func(conn net.Conn) {
 		in := bufio.NewReader(conn)
-		fmt.Fprint(conn, hello)
+		send(conn, hello)
 		if _, err := in.ReadString('\n'); err != nil {
 			return
 		}
-		fmt.Fprint(conn, `{"return": {}, "id": 0}`+"\r\n")
+		send(conn, `{"return": {}, "id": 0}`+"\r\n")
 		serve(conn, in)
 	}
 }
@@ -81,7 +84,7 @@ func TestGarbageInsteadOfGreeting(t *testing.T) {
 		"endless":       `{"QMP": "` + strings.Repeat("x", 5<<20),
 	} {
 		t.Run(name, func(t *testing.T) {
-			sock := fakePeer(t, func(conn net.Conn) { fmt.Fprint(conn, greeting) })
+			sock := fakePeer(t, func(conn net.Conn) { send(conn, greeting) })
 			_, err := qmp.Dial(t.Context(), sock, qmp.Options{})
 			want := qmp.ErrNotQMP
 			if name == "nothing" {
@@ -107,7 +110,7 @@ func TestGarbageAfterNegotiation(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			sock := fakePeer(t, negotiated(func(conn net.Conn, in *bufio.Reader) {
-				fmt.Fprint(conn, garbage)
+				send(conn, garbage)
 				hangUntilClosed(conn, in)
 			}))
 			c, err := qmp.Dial(t.Context(), sock, qmp.Options{})
@@ -128,9 +131,9 @@ func TestGarbageAfterNegotiation(t *testing.T) {
 func TestErrorReplyWithoutIDIsIgnored(t *testing.T) {
 	// QEMU sends one when it could not parse its input; nobody waits for it.
 	sock := fakePeer(t, negotiated(func(conn net.Conn, in *bufio.Reader) {
-		fmt.Fprint(conn, `{"error": {"class": "GenericError", "desc": "JSON parse error"}}`)
+		send(conn, `{"error": {"class": "GenericError", "desc": "JSON parse error"}}`)
 		if _, err := in.ReadString('\n'); err == nil {
-			fmt.Fprint(conn, `{"return": {"status": "running"}, "id": 1}`)
+			send(conn, `{"return": {"status": "running"}, "id": 1}`)
 		}
 		hangUntilClosed(conn, in)
 	}))
@@ -138,7 +141,7 @@ func TestErrorReplyWithoutIDIsIgnored(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer c.Close()
+	defer func() { _ = c.Close() }()
 	if s, err := c.Status(t.Context()); err != nil || s != qmp.StatusRunning {
 		t.Fatalf("got %q, %v", s, err)
 	}
@@ -151,14 +154,14 @@ func TestRepliesOutOfOrderFindTheirCallers(t *testing.T) {
 				return
 			}
 		}
-		fmt.Fprint(conn, `{"return": 2, "id": 2}{"return": 1, "id": 1}`)
+		send(conn, `{"return": 2, "id": 2}{"return": 1, "id": 1}`)
 		hangUntilClosed(conn, in)
 	}))
 	c, err := qmp.Dial(t.Context(), sock, qmp.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer c.Close()
+	defer func() { _ = c.Close() }()
 	type answer struct {
 		n   int
 		err error
@@ -184,18 +187,18 @@ func TestGivenUpCommandLeavesTheConnectionGood(t *testing.T) {
 			return
 		}
 		<-late
-		fmt.Fprint(conn, `{"return": {"status": "paused"}, "id": 1}`)
+		send(conn, `{"return": {"status": "paused"}, "id": 1}`)
 		if _, err := in.ReadString('\n'); err != nil {
 			return
 		}
-		fmt.Fprint(conn, `{"return": {"status": "running"}, "id": 2}`)
+		send(conn, `{"return": {"status": "running"}, "id": 2}`)
 		hangUntilClosed(conn, in)
 	}))
 	c, err := qmp.Dial(t.Context(), sock, qmp.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer c.Close()
+	defer func() { _ = c.Close() }()
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	if _, err := c.Status(ctx); !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, qmp.ErrClosed) {
@@ -220,7 +223,7 @@ func TestPeerThatDoesNotReadCannotBlockTheCaller(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer c.Close()
+	defer func() { _ = c.Close() }()
 	big := map[string]string{"x": strings.Repeat("x", 8<<20)}
 	if err := c.Execute(ctx, "x", big, nil); !errors.Is(err, context.Canceled) {
 		t.Fatalf("got %v, want the context's error", err)
@@ -259,10 +262,10 @@ func TestEventsBeyondTheBufferAreCounted(t *testing.T) {
 	const sent = 1000
 	sock := fakePeer(t, negotiated(func(conn net.Conn, in *bufio.Reader) {
 		for range sent {
-			fmt.Fprint(conn, `{"event": "X", "timestamp": {"seconds": 1, "microseconds": 2}}`)
+			send(conn, `{"event": "X", "timestamp": {"seconds": 1, "microseconds": 2}}`)
 		}
 		if _, err := in.ReadString('\n'); err == nil {
-			fmt.Fprint(conn, `{"return": {}, "id": 1}`)
+			send(conn, `{"return": {}, "id": 1}`)
 		}
 		hangUntilClosed(conn, in)
 	}))

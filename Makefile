@@ -1,0 +1,54 @@
+# `make demo` shows what Tidemark does; `make test` proves it. Both install what
+# they need with apt-get when they run as root.
+
+GO      ?= go
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LINT     = $(GO) tool -modfile=tools/go.mod golangci-lint
+FUZZTIME ?= 30s
+
+.PHONY: all build demo test deps generate check-generate lint unit fuzz bench truth clean help
+
+all: build
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+build: ## bin/tidemark, one static binary
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/tidemark ./cmd/tidemark
+
+demo: build ## the main job once, on real parts: needs root
+	test/deps.sh run
+	$(GO) run ./test/demo bin/tidemark
+
+test: deps check-generate lint unit ## everything that must pass
+
+deps: ## what the tests need, from Debian packages
+	test/deps.sh build run
+
+generate: ## rebuild the BPF object
+	$(GO) generate ./bpf
+
+check-generate: generate
+	@git diff --exit-code --stat -- bpf || { echo 'bpf: the committed object is not what its source makes: commit the result of "make generate"'; exit 1; }
+
+lint: ## golangci-lint, pinned in tools/go.mod
+	$(LINT) run ./...
+
+# Packages run one after the other: they measure pauses and boot emulated
+# machines, and would take each other's processors.
+unit:
+	$(GO) vet ./...
+	$(GO) test -race -p 1 -timeout 20m ./...
+
+fuzz: ## every fuzz target for FUZZTIME
+	test/fuzz.sh $(FUZZTIME)
+
+bench: build ## side by side with peers; prints, judges nothing
+	test/deps.sh run
+	$(GO) run ./test/bench bin/tidemark
+
+truth: ## the truth test for longer: EPOCHS swaps (default 5000)
+	TIDEMARK_TRUTH_EPOCHS=$${EPOCHS:-5000} $(GO) test -count 1 -timeout 2h -v -run 'TestTruth$$' ./cbt
+
+clean:
+	rm -rf bin

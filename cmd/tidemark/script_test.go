@@ -1,0 +1,77 @@
+package main
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"tidemark": main})
+}
+
+// Each file in testdata/script shows one behaviour of the command line. Conditions:
+// [root] BPF programs and loop devices can be used, [fuse] FUSE too.
+// "loop VAR SIZE" attaches a loop device and puts its path in $VAR.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:                "testdata/script",
+		RequireUniqueNames: true,
+		Condition: func(cond string) (bool, error) {
+			switch cond {
+			case "root":
+				return os.Geteuid() == 0, nil
+			case "fuse":
+				_, err := os.Stat("/dev/fuse")
+				return err == nil && os.Geteuid() == 0, nil
+			}
+			return false, nil
+		},
+		Setup: func(e *testscript.Env) error {
+			e.Setenv("PINS", "/sys/fs/bpf/tidemark-script-"+filepath.Base(e.WorkDir))
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"loop": loop, "write": write},
+	})
+}
+
+// loop VAR SIZE
+func loop(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: loop VAR SIZE")
+	}
+	file := ts.MkAbs("disk-" + args[0])
+	ts.Check(exec.Command("truncate", "-s", args[1], file).Run())
+	out, err := exec.Command("losetup", "--show", "-f", file).CombinedOutput()
+	if err != nil {
+		ts.Fatalf("losetup: %v: %s", err, out)
+	}
+	dev := strings.TrimSpace(string(out))
+	ts.Setenv(args[0], dev)
+	pins := ts.Getenv("PINS")
+	ts.Defer(func() {
+		_ = exec.Command("losetup", "-d", dev).Run()
+		self, err := os.Executable()
+		if err == nil {
+			c := exec.Command(filepath.Join(filepath.Dir(self), "tidemark"), "untrack", "--all", "--pin-dir", pins)
+			_ = c.Run()
+		}
+		_ = os.RemoveAll(pins)
+	})
+}
+
+// write FILE TEXT writes TEXT to the beginning of a file or device.
+func write(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: write FILE TEXT")
+	}
+	f, err := os.OpenFile(ts.MkAbs(args[0]), os.O_WRONLY|os.O_SYNC, 0)
+	ts.Check(err)
+	defer func() { _ = f.Close() }()
+	_, err = f.WriteAt([]byte(args[1]), 0)
+	ts.Check(err)
+}

@@ -1,0 +1,174 @@
+package nbd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/semaphore"
+
+	"github.com/tidemark/tidemark/restore"
+)
+
+const (
+	handshakeBuffer = 4 << 10
+	inputBuffer     = 256 << 10 // requests read ahead of their execution
+	batchSize       = 256 << 10 // replies gathered before they are sent
+)
+
+// ErrProtocol is wrapped when a client broke the protocol in a way that leaves
+// nothing but to hang up.
+var ErrProtocol = errors.New("protocol violation")
+
+// errStopped ends a connection because the server stops.
+var errStopped = errors.New("server stopped")
+
+// conn is one client's connection. One goroutine, the connection's, runs serve;
+// it reads the requests and executes those that are quick. Workers, which it
+// starts and waits for, execute the others.
+type conn struct {
+	srv *Server
+	nc  net.Conn
+	in  input
+	out *output
+
+	stopping atomic.Bool
+
+	// What the handshake agreed on; constant afterwards.
+	export     Export
+	structured bool // structured replies
+	status     bool // the context base:allocation
+	size       int64
+	flags      uint16 // transmission flags
+	disk       restore.Disk
+	writable   restore.WritableDisk    // nil: read-only
+	cancelable restore.ReaderAtContext // nil: reads cannot be cancelled
+	filer      restore.Filer           // nil: no sendfile
+
+	batch    []byte // replies of the connection's goroutine, not sent yet
+	workers  sync.WaitGroup
+	slots    chan struct{}       // one per running worker
+	budget   *semaphore.Weighted // bytes of buffers that workers hold
+	inFlight int64               // size of budget
+	readCost atomic.Int64        // moving mean of small reads not backed by a file, ns
+}
+
+func newConn(s *Server, nc net.Conn) *conn {
+	c := &conn{srv: s, nc: nc, out: newOutput(nc, or(s.WriteTimeout, DefaultWriteTimeout))}
+	c.in = input{from: nc, buf: make([]byte, handshakeBuffer), before: c.flush}
+	return c
+}
+
+// stop makes the connection end after what it is doing.
+func (c *conn) stop() {
+	c.stopping.Store(true)
+	_ = c.nc.SetReadDeadline(time.Unix(1, 0)) // only fails if it is closed already
+}
+
+// abort cuts the connection off.
+func (c *conn) abort() { _ = c.nc.Close() }
+
+// serve runs the connection to its end. The error says what was wrong, nil
+// after an orderly end. It closes the connection and waits for its workers.
+func (c *conn) serve(ctx context.Context) error {
+	defer func() { _ = c.nc.Close() }() // errors of the stream were seen before
+	if err := c.nc.SetReadDeadline(time.Now().Add(or(c.srv.HandshakeTimeout, DefaultHandshakeTimeout))); err != nil {
+		return err
+	}
+	if c.stopping.Load() { // the deadline above may have undone stop's
+		return errStopped
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer func() { c.export.release() }()
+	chosen, err := c.handshake(ctx)
+	if err != nil {
+		if errors.Is(err, io.EOF) { // port scanners, and clients that only list
+			return nil
+		}
+		return fmt.Errorf("handshake: %w", err)
+	}
+	if !chosen {
+		return nil
+	}
+	if err := c.nc.SetReadDeadline(time.Time{}); err != nil {
+		return err
+	}
+	if c.stopping.Load() {
+		c.stop() // the deadline above may have undone its
+	}
+	err = c.transmit(ctx)
+	if !errors.Is(err, errStopped) && err != nil {
+		cancel() // nobody waits for the reads any more
+	}
+	c.workers.Wait()
+	if errors.Is(err, errStopped) || errors.Is(err, io.EOF) {
+		return nil
+	}
+	return err
+}
+
+// flush sends the replies gathered by the connection's goroutine.
+func (c *conn) flush() error {
+	if len(c.batch) == 0 {
+		return nil
+	}
+	err := c.out.send(c.batch)
+	c.batch = c.batch[:0]
+	return err
+}
+
+// reserve makes room for n bytes of replies, n at most batchSize.
+func (c *conn) reserve(n int) error {
+	if len(c.batch)+n > batchSize {
+		return c.flush()
+	}
+	return nil
+}
+
+// spill hands work to a worker that may hold up to n bytes of buffers, and waits
+// until there is one and they are free.
+func (c *conn) spill(ctx context.Context, n int64, work func(ctx context.Context) error) error {
+	n = min(n, c.inFlight)
+	select {
+	case c.slots <- struct{}{}:
+	default:
+		if err := c.flush(); err != nil {
+			return err
+		}
+		c.slots <- struct{}{} // workers always end: their replies have deadlines
+	}
+	if n > 0 && !c.budget.TryAcquire(n) {
+		err := c.flush()
+		if err == nil {
+			err = c.budget.Acquire(ctx, n)
+		}
+		if err != nil {
+			<-c.slots
+			return err
+		}
+	}
+	c.workers.Go(func() {
+		defer func() {
+			c.budget.Release(n)
+			<-c.slots
+		}()
+		// An error is the connection's end, which output has seen to.
+		_ = work(ctx)
+	})
+	return nil
+}
+
+// logDisk records an error of the disk, which the client is not told in full.
+func (c *conn) logDisk(what string, r request, err error) {
+	if errors.Is(err, context.Canceled) {
+		return // the client went away or the server stops
+	}
+	c.srv.logger().Error("nbd: disk failed", "export", c.export.Name, "request", what,
+		"offset", r.off, "length", r.length, "error", err)
+}

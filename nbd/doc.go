@@ -1,0 +1,44 @@
+// Package nbd serves disks over the Network Block Device protocol.
+//
+// It hides the protocol: negotiation, replies, flags, limits, and how requests
+// are executed. Everything else sees a [Server] with its [Exports]. It may import
+// restore and no other package of Tidemark.
+//
+// The protocol is that of doc/proto.md of github.com/NetworkBlockDevice/nbd;
+// comments name its sections. Served are fixed newstyle negotiation (EXPORT_NAME,
+// INFO, GO, LIST, ABORT, STRUCTURED_REPLY, LIST_META_CONTEXT,
+// SET_META_CONTEXT), simple and structured replies, and the commands READ, WRITE,
+// FLUSH, TRIM, CACHE, WRITE_ZEROES and BLOCK_STATUS with all their flags. The one
+// metadata context is base:allocation. There is no TLS and there are no extended
+// headers yet.
+//
+// # Execution
+//
+// Each connection has one goroutine, which reads requests ahead and executes the
+// quick ones itself: writes, small reads, and reads of what lies in a plain file
+// (sendfile from 64 KiB on). Handing these to other goroutines costs more than
+// executing them. Their replies are gathered and leave in one system call when
+// no further complete request has come, or 256 KiB are full.
+//
+// What may take long goes to a bounded number of workers, started as needed:
+// flush and FUA, trim, zeroes, block status, large reads that are not in a file,
+// and small ones too while their moving mean says that they are slow (a cold
+// repository). So replies come in any order, as the protocol allows.
+//
+// A flush or FUA reply is sent after a Sync that began after the request came;
+// every write answered before has returned by then, whoever executed it and on
+// whatever connection. Hence clients are told that they may use several.
+//
+// A client that takes no replies stalls its own connection only, and not for
+// longer than Server.WriteTimeout.
+//
+// # Limits
+//
+// Strings have 4096 bytes at most, options 64 KiB (longer ones are refused, beyond
+// 1 MiB the client is hung up on), reads and writes 32 MiB; trim, zeroes, cache
+// and block status may be as long as the protocol can say, zeroes that must not
+// be holes 32 MiB. Requests need no alignment. A block status has at most 2048
+// extents. A connection holds 0.5 MiB, plus what Server.MaxInFlight allows;
+// before it has chosen an export it holds some 64 KiB. Nothing is allocated
+// because a client announced a length.
+package nbd

@@ -1,0 +1,94 @@
+package nbd
+
+import (
+	"errors"
+	"io"
+	"net"
+	"sync"
+	"testing"
+	"time"
+)
+
+// fuzzSession feeds bytes to a server over a connection in memory and takes all
+// replies, until the server hangs up or has used up the input.
+func fuzzSession(t *testing.T, s *Server, said []byte) {
+	server, client := net.Pipe()
+	c := newConn(s, server)
+	var wait sync.WaitGroup
+	wait.Go(func() {
+		if err := c.serve(t.Context()); err != nil {
+			var e Errno
+			_ = errors.As(err, &e) // any error will do
+		}
+	})
+	wait.Go(func() { _, _ = io.Copy(io.Discard, client) })
+	if err := client.SetWriteDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.Write(said); err != nil && !errors.Is(err, io.ErrClosedPipe) {
+		t.Errorf("server takes nothing and does not hang up: %v", err)
+	}
+	if err := client.Close(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() { defer close(ended); wait.Wait() }()
+	select {
+	case <-ended:
+	case <-time.After(20 * time.Second):
+		t.Fatal("session does not end")
+	}
+}
+
+func fuzzServer(t testing.TB) *Server {
+	d := newMemDisk(1<<20 + 17)
+	if err := d.fill(100<<10, 200<<10); err != nil {
+		t.Fatal(err)
+	}
+	return &Server{Exports: static(t, Export{Name: "a", Description: "d", Disk: d}, Export{Name: "b", Disk: d, ReadOnly: true})}
+}
+
+func FuzzHandshake(f *testing.F) {
+	meta := wire(uint32(1), "a", uint32(1), uint32(15), "base:allocation")
+	for _, seed := range [][]byte{
+		wire(uint32(3), "IHAVEOPT", uint32(3), uint32(0)),
+		wire(uint32(3), "IHAVEOPT", uint32(1), uint32(1), "a"),
+		wire(uint32(3), "IHAVEOPT", uint32(8), uint32(0), "IHAVEOPT", uint32(10), uint32(len(meta)), meta,
+			"IHAVEOPT", uint32(7), uint32(7), goData("a")),
+		wire(uint32(1), "IHAVEOPT", uint32(6), uint32(13), goData("b", 1, 2, 3)),
+		wire(uint32(1), "IHAVEOPT", uint32(5), uint32(0), "IHAVEOPT", uint32(2), uint32(0)),
+		wire(uint32(3), "IHAVEOPT", uint32(7), uint32(0xffffffff)),
+		wire(uint32(3), "IHAVEOPT", uint32(7), uint32(6), uint32(0xffffffff), uint16(0)),
+	} {
+		f.Add(seed)
+	}
+	s := fuzzServer(f)
+	f.Fuzz(func(t *testing.T, said []byte) { fuzzSession(t, s, said) })
+}
+
+func FuzzTransmission(f *testing.F) {
+	one := func(flags, cmd uint16, off uint64, n uint32, payload ...any) []byte {
+		return wire(uint32(magicRequest), flags, cmd, uint64(1), off, n, wire(payload...))
+	}
+	for cmd := range uint16(10) {
+		f.Add(true, true, one(0, cmd, 0, 16, "0123456789abcdef"))
+		f.Add(false, cmd%2 == 0, one(1, cmd, 1<<20, 17, "0123456789abcdefg"))
+	}
+	f.Add(true, true, append(one(0, cmdRead, 0, 1<<20), one(0, cmdRead, 5, 100<<10)...))
+	f.Add(true, false, append(one(0, cmdBlockStatus, 0, 1<<20), one(2, cmdWriteZeroes, 0, 1<<20)...))
+	f.Add(true, true, one(0, cmdWrite, 0, 0xffffffff))
+	s := fuzzServer(f)
+	f.Fuzz(func(t *testing.T, structured, writable bool, said []byte) {
+		b := wire(uint32(3))
+		name := "b"
+		if writable {
+			name = "a"
+		}
+		if structured {
+			meta := wire(uint32(1), name, uint32(1), uint32(15), "base:allocation")
+			b = wire(b, "IHAVEOPT", uint32(8), uint32(0), "IHAVEOPT", uint32(10), uint32(len(meta)), meta)
+		}
+		b = wire(b, "IHAVEOPT", uint32(7), uint32(7), goData(name), said)
+		fuzzSession(t, s, b)
+	})
+}

@@ -1,0 +1,108 @@
+package nbd
+
+import (
+	"errors"
+	"io"
+)
+
+// input is the receiving side of a connection. One goroutine uses it.
+type input struct {
+	from io.Reader
+	buf  []byte
+	r, w int // buf[r:w] has come and was not used yet
+
+	// before is called before every read that may block: the moment to send
+	// the replies gathered so far.
+	before func() error
+}
+
+var errNoProgress = errors.New("connection delivers nothing")
+
+// grow replaces the buffer by one of size bytes.
+func (in *input) grow(size int) {
+	buf := make([]byte, max(size, in.w-in.r))
+	in.w = copy(buf, in.buf[in.r:in.w])
+	in.r, in.buf = 0, buf
+}
+
+// peek waits for n bytes and shows them; n is at most the size of the buffer.
+// They stay until skip, and the slice is valid until the next call. The error
+// is io.EOF if the peer ended before the first byte, io.ErrUnexpectedEOF if in
+// between.
+func (in *input) peek(n int) ([]byte, error) {
+	for in.w-in.r < n {
+		if in.r > 0 && in.r+n > len(in.buf) {
+			in.w = copy(in.buf, in.buf[in.r:in.w])
+			in.r = 0
+		}
+		if err := in.fill(); err != nil {
+			if errors.Is(err, io.EOF) && in.w > in.r {
+				err = io.ErrUnexpectedEOF
+			}
+			return nil, err
+		}
+	}
+	return in.buf[in.r : in.r+n], nil
+}
+
+// skip forgets n bytes that peek has shown.
+func (in *input) skip(n int) {
+	in.r += n
+	if in.r == in.w {
+		in.r, in.w = 0, 0
+	}
+}
+
+// has tells whether n bytes are there without waiting.
+func (in *input) has(n int) bool { return in.w-in.r >= n }
+
+func (in *input) fill() error {
+	if err := in.before(); err != nil {
+		return err
+	}
+	for range 100 {
+		n, err := in.from.Read(in.buf[in.w:])
+		in.w += n
+		if n > 0 {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return errNoProgress
+}
+
+// readFull fills p, past the buffer where it can: large payloads are copied
+// once.
+func (in *input) readFull(p []byte) error {
+	n := copy(p, in.buf[in.r:in.w])
+	in.skip(n)
+	if n == len(p) {
+		return nil
+	}
+	if err := in.before(); err != nil {
+		return err
+	}
+	_, err := io.ReadFull(in.from, p[n:])
+	if errors.Is(err, io.EOF) {
+		err = io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// drain throws n bytes away.
+func (in *input) drain(n int64) error {
+	for n > 0 {
+		have := min(int64(in.w-in.r), n)
+		if have == 0 {
+			if _, err := in.peek(1); err != nil {
+				return err
+			}
+			continue
+		}
+		in.skip(int(have))
+		n -= have
+	}
+	return nil
+}

@@ -1,0 +1,114 @@
+package restore
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+
+	"github.com/tidemark/tidemark/store"
+)
+
+// Catalog is a repository seen as disks. It is safe for concurrent use.
+type Catalog struct {
+	repo  *store.Repo
+	cache *Cache
+}
+
+// PointInfo names a restore point: VM, ID and time.
+type PointInfo = store.PointName
+
+// DiskInfo describes a disk of a point.
+type DiskInfo struct {
+	Name   string `json:"name"`   // "disk0", ...
+	Source string `json:"source"` // the device it was read from
+	Size   int64  `json:"size"`   // bytes
+	Grain  int    `json:"grain"`  // bytes; reads of whole aligned grains cost least
+}
+
+// PointDetails is what a point's document says. It must not be changed.
+type PointDetails struct {
+	PointInfo
+	Consistency string
+	Disks       []DiskInfo
+	Config      []byte          // the VM's configuration, if the point has one
+	Document    json.RawMessage // all of it, indented
+
+	point *store.Point
+}
+
+// NewCatalog shows the points of repo, whose disks will share cache. The caller
+// closes repo after all that was opened.
+func NewCatalog(repo *store.Repo, cache *Cache) *Catalog {
+	return &Catalog{repo: repo, cache: cache}
+}
+
+// ID names the repository for good.
+func (c *Catalog) ID() string { return c.repo.ID() }
+
+// VMs lists the machines that have points, ascending.
+func (c *Catalog) VMs(ctx context.Context) ([]string, error) { return c.repo.VMs(ctx) }
+
+// Points lists the points of a VM, ascending by time.
+func (c *Catalog) Points(ctx context.Context, vm string) ([]PointInfo, error) {
+	return c.repo.Points(ctx, vm)
+}
+
+// Point reads a point's document. The error wraps store.ErrNotFound if the
+// point is gone.
+func (c *Catalog) Point(ctx context.Context, p PointInfo) (*PointDetails, error) {
+	point, err := c.repo.Point(ctx, p)
+	if err != nil {
+		return nil, err
+	}
+	return details(point)
+}
+
+// Find reads the document of the point that ref names: "VM", "VM@latest",
+// "VM@<start of an ID>" or "VM@<time>" (the newest at or before it).
+func (c *Catalog) Find(ctx context.Context, ref string) (*PointDetails, error) {
+	point, err := c.repo.Find(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	return details(point)
+}
+
+func details(p *store.Point) (*PointDetails, error) {
+	doc, err := json.MarshalIndent(p, "", "  ")
+	if err != nil {
+		return nil, fmt.Errorf("point %s of %s: %w", p.ID, p.VM, err)
+	}
+	d := &PointDetails{
+		PointInfo:   p.Name(),
+		Consistency: string(p.Consistency),
+		Config:      p.Config,
+		Document:    append(doc, '\n'),
+		point:       p,
+	}
+	for _, disk := range p.Disks {
+		d.Disks = append(d.Disks, DiskInfo{Name: disk.Name, Source: disk.Source, Size: disk.Root.Size, Grain: disk.Root.Grain})
+	}
+	return d, nil
+}
+
+// Open opens a disk of a point, to be closed after its last reader. It reads nothing yet.
+func (c *Catalog) Open(ctx context.Context, p *PointDetails, disk int) (Disk, io.Closer, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, nil, err
+	}
+	d, err := OpenPoint(c.repo, p.point, disk, c.cache)
+	if err != nil {
+		return nil, nil, err
+	}
+	return d, d, nil
+}
+
+// Identity names a disk of a point for good: what an [Overlay] over it is made for.
+func (c *Catalog) Identity(p *PointDetails, disk int) string {
+	return fmt.Sprintf("%s/%s/%s/%d", c.repo.ID(), p.VM, p.ID, disk)
+}
+
+// ErrNotFound is wrapped by errors of look-ups that found nothing. It is the
+// same as store.ErrNotFound.
+var ErrNotFound = store.ErrNotFound

@@ -1,0 +1,151 @@
+package restore
+
+import (
+	"context"
+	"runtime"
+	"sync"
+)
+
+const (
+	aheadStreams = 8  // sequential readers of one disk that are told apart
+	aheadGrains  = 16 // how far ahead of a reader to load, at most
+	aheadQueue   = 64 // grains waiting to be loaded
+	aheadLoaders = 4  // goroutines per disk, at most
+)
+
+// readAhead watches the reads of a disk and loads the grains that will be wanted next. It
+// starts goroutines only while there is something to load, and close waits
+// for them.
+type readAhead struct {
+	grain  int64 // size in bytes
+	grains int64 // of the disk
+	window int64 // grains to be ahead, at most; 0: off
+	load   func(ctx context.Context, grain int64)
+
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	mu      sync.Mutex
+	closed  bool
+	streams [aheadStreams]stream
+	clock   int64
+	queue   []int64
+	loaders int
+}
+
+// stream is one sequential reader.
+type stream struct {
+	next   int64 // where its next read should begin, in bytes; 0: unused
+	queued int64 // grains before this one were queued
+	window int64 // grains
+	used   int64 // clock of the last read
+}
+
+// newReadAhead prepares read-ahead through load, which reports errors to nobody:
+// the reader that comes to the grain will meet them.
+func newReadAhead(grain, grains, cacheBytes int64, load func(ctx context.Context, grain int64)) *readAhead {
+	// What is loaded ahead must not push itself out.
+	r := &readAhead{grain: grain, grains: grains, window: min(aheadGrains, cacheBytes/grain/4), load: load}
+	r.ctx, r.cancel = context.WithCancel(context.Background())
+	return r
+}
+
+// note tells of a read of n bytes at off that is about to be done.
+func (r *readAhead) note(off, n int64) {
+	if r.window == 0 || n == 0 {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed {
+		return
+	}
+	first, last := off/r.grain, (off+n-1)/r.grain
+	if last > first {
+		// The reader itself begins with the first one.
+		r.enqueue(first+1, min(last+1, first+1+r.window))
+	}
+	r.clock++
+	s, known := r.stream(off, n)
+	s.used = r.clock
+	end := off + n
+	if !known {
+		*s = stream{next: end, queued: last + 1, used: r.clock}
+		return
+	}
+	if end <= s.next {
+		return // a late one of several requests under way
+	}
+	s.next = end
+	s.window = min(max(2*s.window, 2), r.window)
+	from, to := max(s.queued, last+1), min(last+1+s.window, r.grains)
+	if from < to {
+		r.enqueue(from, to)
+		s.queued = to
+	}
+}
+
+// stream finds the stream that a read belongs to, or the one to forget for it.
+// Readers with several requests under way (the kernel's own read-ahead) come a
+// little out of order.
+func (r *readAhead) stream(off, n int64) (s *stream, known bool) {
+	oldest := &r.streams[0]
+	for i := range r.streams {
+		s := &r.streams[i]
+		if s.next != 0 && off >= s.next-4*n && off <= s.next+4*n {
+			return s, true
+		}
+		if s.used < oldest.used {
+			oldest = s
+		}
+	}
+	return oldest, false
+}
+
+// enqueue has the grains of [from, to) loaded. If there are too many, the
+// oldest are left out: their reader is past them most likely.
+func (r *readAhead) enqueue(from, to int64) {
+	for g := from; g < to; g++ {
+		r.queue = append(r.queue, g)
+	}
+	if over := len(r.queue) - aheadQueue; over > 0 {
+		r.queue = r.queue[:copy(r.queue, r.queue[over:])]
+	}
+	for r.loaders < min(len(r.queue), aheadLoaders, max(2, runtime.GOMAXPROCS(0))) {
+		r.loaders++
+		r.wg.Go(r.run)
+	}
+}
+
+// run loads grains until none is left.
+func (r *readAhead) run() {
+	for {
+		g, ok := r.take()
+		if !ok {
+			return
+		}
+		r.load(r.ctx, g)
+	}
+}
+
+func (r *readAhead) take() (int64, bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.queue) == 0 || r.closed {
+		r.loaders--
+		return 0, false
+	}
+	g := r.queue[0]
+	r.queue = r.queue[:copy(r.queue, r.queue[1:])]
+	return g, true
+}
+
+// close stops loading and waits for the goroutines.
+func (r *readAhead) close() {
+	r.mu.Lock()
+	r.closed = true
+	r.mu.Unlock()
+	r.cancel()
+	r.wg.Wait()
+}

@@ -1,0 +1,93 @@
+package store
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/klauspost/compress/zstd"
+)
+
+// The codec byte of a record: the low nibble says how it is compressed, the high
+// one how it is sealed. Sealed records (AEAD) do not exist yet.
+const (
+	codecRaw  = 0x00
+	codecZstd = 0x01
+
+	codecCompression = 0x0f
+	codecSeal        = 0xf0
+)
+
+// codec compresses and decompresses records. Safe for concurrent use; as many
+// calls run at once as there are processors.
+type codec struct {
+	encoder func() (*zstd.Encoder, error) // made on first use: readers need none
+	decoder *zstd.Decoder
+}
+
+func newCodec() (*codec, error) {
+	dec, err := zstd.NewReader(nil,
+		zstd.WithDecoderConcurrency(0),
+		zstd.WithDecoderLowmem(true),
+		zstd.WithDecoderMaxMemory(MaxGrain),
+		zstd.WithDecoderMaxWindow(MaxGrain),
+		// The space given is the limit, whatever the frame claims.
+		zstd.WithDecodeAllCapLimit(true))
+	if err != nil {
+		return nil, fmt.Errorf("make zstd decoder: %w", err)
+	}
+	return &codec{
+		decoder: dec,
+		encoder: sync.OnceValues(func() (*zstd.Encoder, error) {
+			return zstd.NewWriter(nil,
+				zstd.WithEncoderLevel(zstd.SpeedFastest),
+				zstd.WithWindowSize(MaxGrain),
+				zstd.WithLowerEncoderMem(true),
+				zstd.WithEncoderCRC(false)) // every record is hashed and has a CRC of its own
+		}),
+	}, nil
+}
+
+func (c *codec) close() { c.decoder.Close() }
+
+// compress returns raw compressed, or raw itself if that is not smaller, and the
+// codec byte. It uses and may replace *buf.
+func (c *codec) compress(buf *[]byte, raw []byte) ([]byte, byte, error) {
+	enc, err := c.encoder()
+	if err != nil {
+		return nil, 0, fmt.Errorf("make zstd encoder: %w", err)
+	}
+	if most := enc.MaxEncodedSize(len(raw)); cap(*buf) < most {
+		*buf = make([]byte, 0, most)
+	}
+	out := enc.EncodeAll(raw, (*buf)[:0])
+	if len(out) >= len(raw) {
+		return raw, codecRaw, nil
+	}
+	return out, codecZstd, nil
+}
+
+var errWrongLength = errors.New("decompresses to another length than the index says")
+
+// decompress fills dst from stored. It never writes, nor allocates, more than
+// len(dst) for content.
+func (c *codec) decompress(dst, stored []byte, how byte) error {
+	switch how {
+	case codecRaw:
+		if len(stored) != len(dst) {
+			return errWrongLength
+		}
+		copy(dst, stored)
+		return nil
+	case codecZstd:
+		out, err := c.decoder.DecodeAll(stored, dst[:0:len(dst)])
+		if err != nil {
+			return err
+		}
+		if len(out) != len(dst) || &out[0] != &dst[0] {
+			return errWrongLength
+		}
+		return nil
+	}
+	return fmt.Errorf("%w: codec %#02x", ErrVersion, how)
+}

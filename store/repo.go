@@ -1,0 +1,134 @@
+package store
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/tidemark/tidemark/store/blob"
+)
+
+// Repo is an open repository. Safe for concurrent use. Reading needs no lock
+// and no daemon; writing one VM at a time does, see [Repo.Begin].
+type Repo struct {
+	*reader
+	location string
+	config   config
+
+	// When a pack is full, in bytes; smaller in tests.
+	dataPackLen, nodePackLen int
+}
+
+// Targets for the size of a pack, in bytes: large enough that objects are few,
+// small enough that two of them fit into memory. Node packs are smaller since a
+// map is 1/1000 of its data.
+const (
+	dataPackLen = 32 << 20
+	nodePackLen = 8 << 20
+)
+
+// Init makes a new repository and opens it. A location is a folder, "/path" or
+// "dir:/path", which is made if it is missing and must be empty. The error wraps
+// ErrExists if a repository or anything else is there.
+func Init(ctx context.Context, location string) (*Repo, error) {
+	path, err := splitLocation(location)
+	if err != nil {
+		return nil, err
+	}
+	b, err := blob.CreateDir(path)
+	if err != nil {
+		return nil, fmt.Errorf("init %s: %w", location, err)
+	}
+	r, err := initOn(ctx, b, location)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("init %s: %w", location, err), b.Close())
+	}
+	return r, nil
+}
+
+func initOn(ctx context.Context, b blob.Store, location string) (*Repo, error) {
+	if _, err := readConfig(ctx, b); err == nil {
+		return nil, fmt.Errorf("a repository %w", ErrExists)
+	}
+	for info, err := range b.List(ctx, "") {
+		if err != nil {
+			return nil, err
+		}
+		return nil, fmt.Errorf("the place is not empty: %s %w", info.Name, ErrExists)
+	}
+	var id [16]byte
+	_, _ = rand.Read(id[:]) // never fails
+	doc, err := encodeConfig(config{
+		Format: configFormat, Version: configVersion, ID: fmt.Sprintf("%x", id),
+		Created: time.Now().UTC(), Hash: "blake3", Encryption: encryption{Mode: "none"},
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := b.Put(ctx, configName, bytes.NewReader(doc), int64(len(doc))); err != nil {
+		return nil, err
+	}
+	return openOn(ctx, b, location)
+}
+
+// Open opens a repository. The error wraps ErrNotRepository if there is none,
+// ErrVersion if it was made by a newer program, ErrCorrupt if its config is
+// damaged.
+func Open(ctx context.Context, location string) (*Repo, error) {
+	b, err := openBlobs(location)
+	if err != nil {
+		return nil, openError(location, err)
+	}
+	r, err := openOn(ctx, b, location)
+	if err != nil {
+		return nil, errors.Join(openError(location, err), b.Close())
+	}
+	return r, nil
+}
+
+func openError(location string, err error) error {
+	if errors.Is(err, ErrNotRepository) {
+		err = fmt.Errorf("%w (make one with \"tidemark init -r %s\")", err, location)
+	}
+	return fmt.Errorf("open %s: %w", location, err)
+}
+
+// openOn opens the repository in b, which the Repo then owns.
+func openOn(ctx context.Context, b blob.Store, location string) (*Repo, error) {
+	cfg, err := readConfig(ctx, b)
+	if err != nil {
+		return nil, err
+	}
+	c, err := newCodec()
+	if err != nil {
+		return nil, err
+	}
+	rd, err := newReader(b, cfg.id(), c)
+	if err != nil {
+		c.close()
+		return nil, err
+	}
+	return &Repo{reader: rd, location: location, config: cfg, dataPackLen: dataPackLen, nodePackLen: nodePackLen}, nil
+}
+
+// ID returns the repository's random id: 32 hex digits.
+func (r *Repo) ID() string { return r.config.ID }
+
+// Location returns what the repository was opened by.
+func (r *Repo) Location() string { return r.location }
+
+// Close gives back what r holds. Nothing made from r may be used afterwards.
+func (r *Repo) Close() error {
+	r.codec.close()
+	return r.blobs.Close()
+}
+
+// ReadGrain fills dst, whose length is the disk's grain in bytes, with the grain
+// at ref. What it returns was checked against ref.Hash; after an error dst holds
+// zeroes. A [CorruptError] names the pack and the record.
+func (r *Repo) ReadGrain(ctx context.Context, ref Ref, dst []byte) error {
+	return r.grain(ctx, ref, dst)
+}

@@ -1,0 +1,112 @@
+package store
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestInitThenOpen(t *testing.T) {
+	for _, prefix := range []string{"", "dir:"} {
+		loc := prefix + filepath.Join(t.TempDir(), "new", "repo")
+		r, err := Init(t.Context(), loc)
+		if err != nil {
+			t.Fatal(err)
+		}
+		o, err := Open(t.Context(), loc)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if o.ID() != r.ID() || len(o.ID()) != 32 || o.Location() != loc {
+			t.Errorf("ids %q, %q; location %q", r.ID(), o.ID(), o.Location())
+		}
+		if err := errors.Join(r.Close(), o.Close()); err != nil {
+			t.Error(err)
+		}
+		if _, err := Init(t.Context(), loc); !errors.Is(err, ErrExists) {
+			t.Errorf("second Init: %v", err)
+		}
+	}
+}
+
+func TestInitRefusesFolderInUse(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "letter.txt"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Init(t.Context(), dir); !errors.Is(err, ErrExists) {
+		t.Errorf("Init: %v", err)
+	}
+}
+
+func TestOpenWhatIsNoRepository(t *testing.T) {
+	empty, foreign := t.TempDir(), t.TempDir()
+	if err := os.WriteFile(filepath.Join(foreign, "config"), []byte("[core]\n\tbare = true\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, loc := range []string{empty, foreign, filepath.Join(empty, "none")} {
+		_, err := Open(t.Context(), loc)
+		if !errors.Is(err, ErrNotRepository) || !strings.Contains(err.Error(), "tidemark init") {
+			t.Errorf("Open(%s): %v", loc, err)
+		}
+	}
+}
+
+func TestLocationsNotSupported(t *testing.T) {
+	for _, loc := range []string{"s3:bucket/x", "s3://host/bucket", "", "dir:", "ftp:x"} {
+		_, err := Open(t.Context(), loc)
+		if err == nil {
+			t.Errorf("Open(%q) succeeded", loc)
+		}
+		if _, initErr := Init(t.Context(), loc); initErr == nil || errors.Is(err, errors.ErrUnsupported) != strings.HasPrefix(loc, "s3:") {
+			t.Errorf("%q: %v, %v", loc, err, initErr)
+		}
+	}
+}
+
+func TestNewerVersionsAreToldFromDamage(t *testing.T) {
+	r := testRepo(t)
+	c := r.config
+	c.Version = 2
+	doc, err := encodeConfig(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := decodeConfig(doc); !errors.Is(err, ErrVersion) {
+		t.Errorf("config: %v", err)
+	}
+	c = r.config
+	c.Encryption.Mode = "aes-gcm"
+	if doc, err = encodeConfig(c); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := decodeConfig(doc); !errors.Is(err, ErrVersion) {
+		t.Errorf("encrypted config: %v", err)
+	}
+
+	b := newPackBuilder(nil, kindData, PackID{1}, r.repo)
+	b.buf[8] = 9
+	b.add([]byte("abc"), 3, codecRaw, sum([]byte("abc")))
+	obj := b.finish()
+	n := len(obj) - packFooterLen
+	if _, err := parsePackIndex(obj[:packHeaderLen], obj[n-packEntryLen:n], obj[n:], int64(len(obj)), PackID{1}, r.repo); !errors.Is(err, ErrVersion) {
+		t.Errorf("pack: %v", err)
+	}
+
+	b = newPackBuilder(nil, kindData, PackID{1}, r.repo)
+	b.add([]byte("abc"), 3, 0x10, sum([]byte("abc")))
+	obj = b.finish()
+	n = len(obj) - packFooterLen
+	if _, err := parsePackIndex(obj[:packHeaderLen], obj[n-packEntryLen:n], obj[n:], int64(len(obj)), PackID{1}, r.repo); !errors.Is(err, ErrVersion) {
+		t.Errorf("sealed record: %v", err)
+	}
+
+	body := []byte(`{"version":2,"new":true}`)
+	h := sum(body).String()
+	n2 := PointName{VM: "a", ID: h[:16], Time: r.config.Created}
+	if _, err := decodePoint([]byte("tidemark-point 2 "+h+"\n"+string(body)), n2); !errors.Is(err, ErrVersion) {
+		t.Errorf("point: %v", err)
+	}
+}

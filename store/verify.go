@@ -1,0 +1,268 @@
+package store
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"math/bits"
+	"runtime"
+	"slices"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// maxProblems bounds the problems that a report lists.
+const maxProblems = 10000
+
+// Problem is something of a point that cannot be read as it was written.
+type Problem struct {
+	Object string `json:"object"`         // name of the object at fault, as far as is known
+	Disk   string `json:"disk,omitempty"` // the disk that suffers; empty: the whole point
+	Off    int64  `json:"off"`            // the extent of the disk that cannot be read, in bytes
+	Len    int64  `json:"len"`
+	What   string `json:"what"` // for a person
+}
+
+// VerifyReport says what was checked and what was found.
+type VerifyReport struct {
+	Point    PointName `json:"point"`
+	Full     bool      `json:"full"`
+	Nodes    int64     `json:"nodes"`  // map nodes read and checked
+	Grains   int64     `json:"grains"` // grains located in a checked pack index; if Full, read and hashed too
+	Packs    int64     `json:"packs"`  // packs whose index was read and checked
+	Bytes    int64     `json:"bytes"`  // content hashed, without map nodes
+	Problems []Problem `json:"problems,omitempty"`
+	Omitted  int64     `json:"omitted,omitempty"` // problems found beyond the 10000 listed
+}
+
+// OK tells whether nothing was found.
+func (r *VerifyReport) OK() bool { return len(r.Problems) == 0 }
+
+// Verify checks a point against what is stored now, past all caches. Quick checks
+// the document, every map node and that each grain's place exists in an intact
+// pack index. Full also reads every grain and compares its hash.
+//
+// Problems are in the report, all of them, neighbouring extents joined; the error is
+// for what kept the check from being done, such as a cancelled context.
+// progress may be nil; it is called from one goroutine at a time with the bytes
+// of disk dealt with and to deal with.
+func (r *Repo) Verify(ctx context.Context, p *Point, full bool, progress func(done, total int64)) (VerifyReport, error) {
+	fresh, err := newReader(r.blobs, r.repo, r.codec)
+	if err != nil {
+		return VerifyReport{}, err
+	}
+	if progress == nil {
+		progress = func(int64, int64) {}
+	}
+	v := &verifier{
+		r: fresh, full: full, progress: progress,
+		report: VerifyReport{Point: p.Name(), Full: full},
+		packs:  map[PackID]struct{}{},
+	}
+	if _, err := r.Point(ctx, p.Name()); err != nil {
+		if ctx.Err() != nil {
+			return v.report, ctx.Err()
+		}
+		v.problem(Problem{Object: p.Name().object(), What: err.Error()})
+	}
+	for i := range p.Disks {
+		v.total += p.Disks[i].Root.Size
+	}
+	for i := range p.Disks {
+		if err := v.disk(ctx, &p.Disks[i]); err != nil {
+			return v.report, fmt.Errorf("verify %s: %w", p.Name(), err)
+		}
+	}
+	v.report.Packs = int64(len(v.packs))
+	return v.report, nil
+}
+
+type verifier struct {
+	r    *reader
+	full bool
+
+	mu       sync.Mutex
+	report   VerifyReport
+	packs    map[PackID]struct{} // whose index was good: 16 bytes each
+	progress func(done, total int64)
+	done     int64
+	total    int64
+}
+
+func (v *verifier) disk(ctx context.Context, d *Disk) error {
+	if err := d.Root.validate(); err != nil {
+		v.problem(Problem{Object: v.report.Point.object(), Disk: d.Name, Len: max(d.Root.Size, 0), What: err.Error()})
+		return nil
+	}
+	defer v.tidy(len(v.report.Problems))
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(1 + runtime.GOMAXPROCS(0))
+	w := &verifyDisk{v, d, g}
+	g.Go(func() error { return w.node(ctx, d.Root.Ref, int(d.Root.Level), 0) })
+	return g.Wait()
+}
+
+type verifyDisk struct {
+	*verifier
+	d *Disk
+	g *errgroup.Group
+}
+
+// bytes turns grains into an extent of the disk.
+func (w *verifyDisk) bytes(first, count int64) (off, n int64) {
+	size, grain := w.d.Root.Size, int64(w.d.Root.Grain)
+	off = min(first*grain, size)
+	if end := first + count; end < w.d.Root.grains() {
+		return off, count * grain
+	}
+	return off, size - off
+}
+
+// node checks the node whose first grain is first, and all below. It runs in one
+// goroutine; leaves go to others.
+func (w *verifyDisk) node(ctx context.Context, ref Ref, level int, first int64) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	off, n := w.bytes(first, fanOut*span(level))
+	if ref.IsZero() {
+		w.advance(n)
+		return nil
+	}
+	// Not through the cache of nodes: each is read once and checked.
+	nd, err := w.r.loadNode(ctx, ref)
+	if err == nil && int(nd.level) != level {
+		err = recordError(ref, fmt.Sprintf("a map node of level %d, not %d", nd.level, level))
+	}
+	if err == nil {
+		// The map must not say more than the disk has.
+		if have := (w.d.Root.grains() - first + span(level) - 1) / span(level); int64(bits.Len64(nd.present)) > have {
+			err = recordError(ref, "a map node with children beyond the end of the disk")
+		}
+	}
+	if err != nil {
+		w.advance(n)
+		return w.found(ctx, ref, off, n, err)
+	}
+	w.good(ref.Pack, func(r *VerifyReport) { r.Nodes++ })
+	if level == 0 {
+		w.g.Go(func() error { return w.leaf(ctx, nd, first) })
+		return nil
+	}
+	for i := range fanOut {
+		at := first + int64(i)*span(level)
+		if at >= w.d.Root.grains() {
+			break
+		}
+		if err := w.node(ctx, nd.child(i), level-1, at); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (w *verifyDisk) leaf(ctx context.Context, nd *node, first int64) error {
+	buf := make([]byte, w.d.Root.Grain)
+	for i := range fanOut {
+		off, n := w.bytes(first+int64(i), 1)
+		if n == 0 {
+			break
+		}
+		if ref := nd.child(i); !ref.IsZero() {
+			if err := w.grain(ctx, ref, buf); err != nil {
+				if err := w.found(ctx, ref, off, n, err); err != nil {
+					return err
+				}
+			}
+		}
+		w.advance(n)
+	}
+	return ctx.Err()
+}
+
+func (w *verifyDisk) grain(ctx context.Context, ref Ref, buf []byte) error {
+	e, err := w.r.locate(ctx, ref, kindData)
+	if err == nil && int64(e.raw) != int64(len(buf)) {
+		err = recordError(ref, fmt.Sprintf("a grain of %d bytes, not %d", e.raw, len(buf)))
+	}
+	if err == nil && w.full {
+		err = w.r.read(ctx, ref, e, buf)
+	}
+	if err != nil {
+		return err
+	}
+	w.good(ref.Pack, func(r *VerifyReport) {
+		r.Grains++
+		if w.full {
+			r.Bytes += int64(len(buf))
+		}
+	})
+	return nil
+}
+
+// found reports a problem, unless it is only that the check was stopped.
+func (w *verifyDisk) found(ctx context.Context, ref Ref, off, n int64, err error) error {
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	p := Problem{Object: packName(ref.Pack), Disk: w.d.Name, Off: off, Len: n, What: err.Error()}
+	var c *CorruptError
+	if errors.As(err, &c) {
+		p.Object, p.What = c.Object, c.What
+	}
+	w.problem(p)
+	return nil
+}
+
+func (v *verifier) problem(p Problem) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if n := len(v.report.Problems); n > 0 && v.report.Problems[n-1].join(p) {
+		return
+	}
+	if len(v.report.Problems) == maxProblems {
+		v.report.Omitted++
+		return
+	}
+	v.report.Problems = append(v.report.Problems, p)
+}
+
+// join adds q to p if it is the same problem of the next extent.
+func (p *Problem) join(q Problem) bool {
+	if q.Object != p.Object || q.Disk != p.Disk || q.What != p.What || p.Off+p.Len != q.Off {
+		return false
+	}
+	p.Len += q.Len
+	return true
+}
+
+// tidy puts the problems of a disk, which were found by several goroutines, in order.
+func (v *verifier) tidy(from int) {
+	found := v.report.Problems[from:]
+	slices.SortFunc(found, func(a, b Problem) int {
+		return cmp.Or(cmp.Compare(a.Off, b.Off), cmp.Compare(a.What, b.What))
+	})
+	out := v.report.Problems[:from]
+	for _, p := range found {
+		if len(out) == from || !out[len(out)-1].join(p) {
+			out = append(out, p)
+		}
+	}
+	v.report.Problems = out
+}
+
+func (v *verifier) good(pack PackID, count func(*VerifyReport)) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	count(&v.report)
+	v.packs[pack] = struct{}{}
+}
+
+func (v *verifier) advance(n int64) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.done += n
+	v.progress(v.done, v.total)
+}

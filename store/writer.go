@@ -1,0 +1,255 @@
+package store
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/tidemark/tidemark/store/blob"
+)
+
+var errFinished = fmt.Errorf("%w: the backup is committed, aborted or broken already", ErrInvalid)
+
+// Writer makes one new point of one VM. Nothing of it can be seen before Commit
+// has put the point's document.
+//
+// Memory: the packs being filled and uploaded (at most 3 data packs of 32 MiB and 3
+// node packs of 8 MiB), the session's deduplication (at most about 70 MiB), per
+// disk what [DiskWriter] says.
+type Writer struct {
+	repo   *Repo
+	vm     string
+	parent *Point
+	newest time.Time // of all points listed, readable or not
+	broken []error
+
+	data, nodes *packWriter
+	session     *session
+	unlock      func() error
+
+	use sync.RWMutex // held shared by writes, exclusively by Commit and Abort
+
+	mu    sync.Mutex
+	ended bool
+	disks map[string]*DiskWriter
+	full  *dedupIndex // built when a disk asks for it
+}
+
+// Begin starts a backup of vm and takes the VM's lock if the backend has locks;
+// the error wraps ErrLocked if it is held. The newest readable point becomes the
+// parent. The caller ends the Writer with Commit or Abort.
+func (r *Repo) Begin(ctx context.Context, vm string) (_ *Writer, err error) {
+	if err := ValidVM(vm); err != nil {
+		return nil, err
+	}
+	w := &Writer{
+		repo: r, vm: vm, session: newSession(), disks: map[string]*DiskWriter{},
+		unlock: func() error { return nil },
+	}
+	if l, ok := r.blobs.(blob.Locker); ok {
+		if w.unlock, err = l.Lock(ctx, "vm-"+vm); err != nil {
+			return nil, fmt.Errorf("backup of %s: %w", vm, err)
+		}
+	}
+	if err := w.findParent(ctx); err != nil {
+		return nil, errors.Join(fmt.Errorf("backup of %s: %w", vm, err), w.unlock())
+	}
+	w.data = newPackWriter(r, kindData, r.dataPackLen)
+	w.nodes = newPackWriter(r, kindNode, r.nodePackLen)
+	return w, nil
+}
+
+// findParent takes the newest point whose document is whole. A damaged one must not
+// stop all later backups.
+func (w *Writer) findParent(ctx context.Context) error {
+	names, err := w.repo.Points(ctx, w.vm)
+	if err != nil || len(names) == 0 {
+		return err
+	}
+	w.newest = names[len(names)-1].Time
+	for i := len(names) - 1; i >= 0; i-- {
+		p, err := w.repo.Point(ctx, names[i])
+		if err == nil {
+			w.parent = p
+			return nil
+		}
+		if !errors.Is(err, ErrCorrupt) {
+			return err
+		}
+		w.broken = append(w.broken, err)
+	}
+	return nil
+}
+
+// Parent returns the point that the new one continues, or nil. The caller must
+// not change it.
+func (w *Writer) Parent() *Point { return w.parent }
+
+// Unreadable returns why points newer than Parent were passed over.
+func (w *Writer) Unreadable() []error { return w.broken }
+
+// begin keeps Commit and Abort out while a write runs.
+func (w *Writer) begin() (end func(), err error) {
+	w.use.RLock()
+	if w.isEnded() {
+		w.use.RUnlock()
+		return nil, errFinished
+	}
+	return w.use.RUnlock, nil
+}
+
+func (w *Writer) isEnded() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.ended
+}
+
+func (w *Writer) setEnded() (was bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	was, w.ended = w.ended, true
+	return was
+}
+
+// Commit publishes the point and ends the Writer. It waits for running writes.
+//
+// p gives Time (now, if zero), Consistency, Quiesce, Config, Tool and for each disk
+// of the Writer its Name, ChangeID, Tracking and Stats.Read; the rest is filled in. The
+// point's time is moved after the newest point's if it is not later already. The result
+// is the published point.
+//
+// Order: data packs, node packs, document; each is durable before the next is
+// begun. After an error nothing is published, the Writer is broken, and the
+// caller must Abort it to release the lock.
+func (w *Writer) Commit(ctx context.Context, p Point) (*Point, error) {
+	w.use.Lock()
+	defer w.use.Unlock()
+	if w.setEnded() {
+		return nil, errFinished
+	}
+	pub, err := w.commit(ctx, p)
+	if err != nil {
+		w.close()
+		return nil, fmt.Errorf("commit of %s: %w", w.vm, err)
+	}
+	w.close()
+	// The point is durable: that the lock does not go cleanly changes nothing.
+	_ = w.release()
+	return pub, nil
+}
+
+func (w *Writer) commit(ctx context.Context, p Point) (*Point, error) {
+	if err := w.fillPoint(&p); err != nil {
+		return nil, err
+	}
+	if err := w.data.flush(ctx); err != nil {
+		return nil, err
+	}
+	if err := w.buildMaps(ctx, p.Disks); err != nil {
+		return nil, err
+	}
+	if err := w.nodes.flush(ctx); err != nil {
+		return nil, err
+	}
+	if err := p.validate(); err != nil {
+		return nil, err
+	}
+	doc, id, err := encodePoint(&p)
+	if err != nil {
+		return nil, err
+	}
+	p.ID = id
+	name := p.Name().object()
+	if err := w.repo.blobs.Put(ctx, name, bytes.NewReader(doc), int64(len(doc))); err != nil {
+		return nil, err
+	}
+	return &p, nil
+}
+
+// fillPoint fills all but roots and statistics.
+func (w *Writer) fillPoint(p *Point) error {
+	p.ID, p.VM, p.Parent = "", w.vm, ""
+	if w.parent != nil {
+		p.Parent = w.parent.ID
+	}
+	if p.Time.IsZero() {
+		p.Time = time.Now()
+	}
+	p.Time = p.Time.UTC().Round(0) // without the monotonic clock
+	if !p.Time.After(w.newest) {
+		p.Time = w.newest.Add(1) // the clock went back; order must not
+	}
+	if p.Tool == "" {
+		p.Tool = "tidemark"
+	}
+	p.Disks = append([]Disk(nil), p.Disks...) // the caller's stays as it is
+	seen := map[string]bool{}
+	for i := range p.Disks {
+		d := &p.Disks[i]
+		dw := w.disks[d.Name]
+		if dw == nil || seen[d.Name] {
+			return fmt.Errorf("%w: disk %q was not written, or is named twice", ErrInvalid, d.Name)
+		}
+		seen[d.Name] = true
+		if d.Source == "" {
+			d.Source = dw.opt.Source
+		}
+	}
+	if len(seen) != len(w.disks) {
+		return fmt.Errorf("%w: %d disks were written, the point has %d", ErrInvalid, len(w.disks), len(seen))
+	}
+	return nil
+}
+
+func (w *Writer) buildMaps(ctx context.Context, disks []Disk) error {
+	// Leaves that were sealed and then written again are read back.
+	for _, d := range w.disks {
+		if d.rewritten() {
+			if err := w.nodes.flush(ctx); err != nil {
+				return err
+			}
+			break
+		}
+	}
+	for i := range disks {
+		d := w.disks[disks[i].Name]
+		root, err := d.build(ctx)
+		if err != nil {
+			return fmt.Errorf("disk %s: %w", disks[i].Name, err)
+		}
+		disks[i].Root = root
+		read := disks[i].Stats.Read
+		disks[i].Stats = d.Stats()
+		disks[i].Stats.Read = read
+	}
+	return nil
+}
+
+// Abort ends the Writer without a point: it waits for running writes, stops
+// uploads and releases the lock. Packs that were put stay as garbage that no
+// reader sees. Idempotent; it does nothing after a successful Commit.
+func (w *Writer) Abort() error {
+	// Let writes that wait for an upload fail, so that the lock is had soon.
+	w.close()
+	w.use.Lock()
+	defer w.use.Unlock()
+	w.setEnded()
+	w.close() // once more: a write may have begun an upload meanwhile
+	return w.release()
+}
+
+func (w *Writer) close() {
+	w.data.close()
+	w.nodes.close()
+}
+
+func (w *Writer) release() error {
+	w.mu.Lock()
+	unlock := w.unlock
+	w.unlock = func() error { return nil }
+	w.mu.Unlock()
+	return unlock()
+}

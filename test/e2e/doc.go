@@ -1,0 +1,2 @@
+// Package e2e tests the tidemark binary from end to end on real parts.
+package e2e
