@@ -22,7 +22,7 @@ const truthSize = 96 << 20
 func writers(t *testing.T, dev string) (stop func() uint64) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
-	common := []string{"--output-format=terse", "--terse-version=3", "--time_based", "--runtime=600", "--norandommap", "--randrepeat=0", "--randseed=" + strconv.FormatUint(rand.Uint64()>>1, 10)}
+	common := []string{"--output-format=terse", "--terse-version=3", "--time_based", "--runtime=7200", "--norandommap", "--randrepeat=0", "--randseed=" + strconv.FormatUint(rand.Uint64()>>1, 10)}
 	jobs := [][]string{
 		{"--name=direct", "--filename=" + dev, "--rw=randwrite", "--bsrange=4k-256k", "--blockalign=4k", "--direct=1", "--ioengine=libaio", "--iodepth=8", "--rate_iops=600"},
 		{"--name=sectors", "--filename=" + dev, "--rw=randwrite", "--bs=512", "--direct=1", "--ioengine=psync", "--rate_iops=500", "--offset=48m", "--size=32m"},
@@ -103,7 +103,12 @@ func TestTruth(t *testing.T) {
 	// fio takes a second to start its jobs.
 	time.Sleep(2 * time.Second)
 	begin := time.Now()
-	const epochs = 210
+	epochs := 210
+	if v := os.Getenv("TIDEMARK_TRUTH_EPOCHS"); v != "" {
+		if epochs, err = strconv.Atoi(v); err != nil {
+			t.Fatal(err)
+		}
+	}
 	for i := range epochs {
 		d, err := r.step(t.Context())
 		if err != nil {

@@ -182,7 +182,7 @@ func (s *Server) detach() {
 	defer s.unmounting.Unlock()
 	if unix.Unmount(s.dir, unix.MNT_DETACH) != nil {
 		// As a plain user. If that fails too, the mount dies with the process.
-		_ = exec.Command("fusermount3", "-u", "-z", s.dir).Run()
+		_ = exec.CommandContext(context.Background(), "fusermount3", "-u", "-z", s.dir).Run()
 	}
 	close(s.left)
 }

@@ -112,11 +112,10 @@ func (n *negotiation) option(ctx context.Context, option, length uint32) (outcom
 	// The buffer grows with what has come, not with what was announced.
 	data := make([]byte, 0, min(length, handshakeBuffer))
 	for uint32(len(data)) < length {
-		p, err := n.in.peek(1)
+		p, err := n.in.some(int(length) - len(data))
 		if err != nil {
 			return haggling, err
 		}
-		p = n.in.buf[n.in.r : n.in.r+int(min(uint32(n.in.w-n.in.r), length-uint32(len(data))))]
 		data = append(data, p...)
 		n.in.skip(len(p))
 	}
@@ -139,7 +138,7 @@ func (n *negotiation) option(ctx context.Context, option, length uint32) (outcom
 		n.structured = true
 		n.reply(option, repAck, nil)
 	case optSetMetaContext, optListMetaContext:
-		return haggling, n.metaContext(ctx, option, data)
+		n.metaContext(ctx, option, data)
 	case optStartTLS:
 		// Section "NOTLS mode": the option is not implemented at all.
 		if len(data) > 0 {
@@ -168,7 +167,8 @@ func (n *negotiation) reply(option, kind uint32, data []byte) {
 	b = binary.BigEndian.AppendUint32(b, option)
 	b = binary.BigEndian.AppendUint32(b, kind)
 	b = binary.BigEndian.AppendUint32(b, uint32(len(data)))
-	n.batch = append(b, data...)
+	b = append(b, data...)
+	n.batch = b
 }
 
 func (n *negotiation) refuse(option, kind uint32, message string) {

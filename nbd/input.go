@@ -53,8 +53,13 @@ func (in *input) skip(n int) {
 	}
 }
 
-// has tells whether n bytes are there without waiting.
-func (in *input) has(n int) bool { return in.w-in.r >= n }
+// some waits for at least one byte and shows up to n of what is there.
+func (in *input) some(n int) ([]byte, error) {
+	if _, err := in.peek(1); err != nil {
+		return nil, err
+	}
+	return in.buf[in.r : in.r+min(n, in.w-in.r)], nil
+}
 
 func (in *input) fill() error {
 	if err := in.before(); err != nil {
@@ -94,15 +99,12 @@ func (in *input) readFull(p []byte) error {
 // drain throws n bytes away.
 func (in *input) drain(n int64) error {
 	for n > 0 {
-		have := min(int64(in.w-in.r), n)
-		if have == 0 {
-			if _, err := in.peek(1); err != nil {
-				return err
-			}
-			continue
+		p, err := in.some(int(min(n, int64(len(in.buf)))))
+		if err != nil {
+			return err
 		}
-		in.skip(int(have))
-		n -= have
+		in.skip(len(p))
+		n -= int64(len(p))
 	}
 	return nil
 }

@@ -13,23 +13,23 @@ const (
 )
 
 // metaContext answers NBD_OPT_SET_META_CONTEXT and NBD_OPT_LIST_META_CONTEXT.
-func (n *negotiation) metaContext(ctx context.Context, option uint32, data []byte) error {
+func (n *negotiation) metaContext(ctx context.Context, option uint32, data []byte) {
 	if option == optSetMetaContext {
 		n.metaSet = false // a failed selection clears the last one too
 	}
 	if !n.structured {
 		n.refuse(option, repErrInvalid, "structured replies come first")
-		return nil
+		return
 	}
 	name, queries, ok := parseMetaContext(data)
 	if !ok || !validString(name) {
 		n.refuse(option, repErrInvalid, "malformed option")
-		return nil
+		return
 	}
 	e, err := lookup(ctx, n.srv.Exports, name)
 	if err != nil {
 		n.refuseLookup(option, err)
-		return nil
+		return
 	}
 	e.release()
 
@@ -48,7 +48,6 @@ func (n *negotiation) metaContext(ctx context.Context, option uint32, data []byt
 		n.reply(option, repMetaContext, append(binary.BigEndian.AppendUint32(nil, id), contextAllocation...))
 	}
 	n.reply(option, repAck, nil)
-	return nil
 }
 
 // parseMetaContext decodes the data of both options: the export and the queries.

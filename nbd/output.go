@@ -88,16 +88,6 @@ func (o *output) check() error {
 	return o.err
 }
 
-// fail makes err the end of the connection.
-func (o *output) fail(err error) error {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.err == nil {
-		o.err = err
-	}
-	return o.check()
-}
-
 // canSendFile tells whether sendFileLocked works on this connection.
 func (o *output) canSendFile() bool { return o.raw != nil }
 

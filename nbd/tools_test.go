@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -136,6 +137,23 @@ func TestNbdinfo(t *testing.T) {
 				t.Errorf("%d extents up to %d", len(extents), at)
 			}
 		})
+	}
+}
+
+func TestNbdClientLists(t *testing.T) {
+	const client = "/usr/sbin/nbd-client" // not in everybody's PATH
+	need(t, client)
+	l, err := Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	startListener(t, twoExports(t), l)
+	_, port, err := net.SplitHostPort(l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out := run1(t, client, "-l", "127.0.0.1", port); !strings.Contains(out, "a\nb\n") && !strings.Contains(out, "a: ") {
+		t.Errorf("%q", out)
 	}
 }
 

@@ -33,8 +33,7 @@ func (c *conn) transmit(ctx context.Context) error {
 			return errors.Join(fmt.Errorf("%w: bad request magic", ErrProtocol), c.flush())
 		}
 		if r.cmd == cmdDisconnect {
-			c.workers.Wait()
-			return c.flush()
+			return c.flush() // serve waits for the workers before it hangs up
 		}
 		if err := c.execute(ctx, r); err != nil {
 			if c.stopping.Load() && errors.Is(err, os.ErrDeadlineExceeded) {

@@ -3,6 +3,7 @@ package nbd
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -285,7 +286,7 @@ func TestBadRequestMagicEndsTheConnection(t *testing.T) {
 
 func TestDisconnectAnswersWhatIsOutstanding(t *testing.T) {
 	gate := make(chan struct{})
-	p := serveDisk(t, &hooked{WritableDisk: newMemDisk(diskSize), read: func(_ int64, n int) error {
+	p := serveDisk(t, &hooked{WritableDisk: newMemDisk(diskSize), read: func(int64, int) error {
 		<-gate
 		return nil
 	}}, true)
@@ -381,6 +382,40 @@ func TestStructuredReadSendsHolesAsHoles(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestReadsUpToTheLargest(t *testing.T) {
+	both(t, func(t *testing.T, structured bool) {
+		d := newMemDisk(maxPayload + 1)
+		want := pattern(maxPayload+1, 1)
+		if _, err := d.WriteAt(want, 0); err != nil {
+			t.Fatal(err)
+		}
+		p := serveDisk(t, d, structured)
+		for i, c := range []struct{ off, n int }{{0, maxPayload}, {1, maxPayload}, {12345, 5 << 20}, {7, 1<<20 + 1}, {0, 64 << 10}, {1, 64<<10 - 1}} {
+			p.request(0, cmdRead, uint64(i), uint64(c.off), uint32(c.n))
+			a := p.answer(structured, uint64(c.off), c.n)
+			if a.want(t, uint64(i), 0); !bytes.Equal(a.data, want[c.off:c.off+c.n]) {
+				t.Errorf("%+v: wrong data", c)
+			}
+		}
+	})
+}
+
+func TestWritesUpToTheLargest(t *testing.T) {
+	both(t, func(t *testing.T, structured bool) {
+		for _, c := range []struct{ off, n int }{{0, maxPayload}, {1, maxPayload}, {12345, 5 << 20}, {1, 64 << 10}, {3, 64<<10 + 1}} {
+			d := newMemDisk(maxPayload + 1)
+			p := serveDisk(t, d, structured)
+			data, want := pattern(c.n, 2), make([]byte, d.size)
+			copy(want[c.off:], data)
+			p.request(0, cmdWrite, 1, uint64(c.off), uint32(c.n), data)
+			p.answer(structured, 0, 0).want(t, 1, 0)
+			if content(t, d) != sha256.Sum256(want) {
+				t.Errorf("%+v: wrong data", c)
+			}
+		}
+	})
 }
 
 func TestReadWithManyHolesHasFewChunks(t *testing.T) {

@@ -31,7 +31,7 @@ func (d emptyDisk) Extents(_ context.Context, off, n int64) iter.Seq2[restore.Ex
 	}
 }
 
-// brokenDisk fails to read the bytes from from to to.
+// brokenDisk fails to read the bytes [from, to).
 type brokenDisk struct {
 	disktest.Bytes
 	from, to int64

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bytes"
 	"errors"
 	"io/fs"
 	"math/rand/v2"
@@ -370,5 +371,32 @@ func TestNoGrainPassesAsNode(t *testing.T) {
 	}
 	if _, err := r.node(t.Context(), ref, 0); !errors.Is(err, ErrCorrupt) {
 		t.Errorf("a grain was read as a node: %v", err)
+	}
+}
+
+func TestContentThatBeliesItsHashIsSeen(t *testing.T) {
+	r := testRepo(t)
+	// A pack whose index, checksums and CRC are right, but whose record is
+	// another content than its hash says: what a broken writer would leave.
+	for _, compressed := range []bool{false, true} {
+		content := text(1, 4096)
+		b := newPackBuilder(nil, kindData, newPackID(), r.repo)
+		stored, how := content, byte(codecRaw)
+		if compressed {
+			var err error
+			if stored, how, err = r.codec.compress(new([]byte), content); err != nil || how != codecZstd {
+				t.Fatal(how, err)
+			}
+		}
+		ref := Ref{Hash: sum(text(2, 4096)), Pack: b.id}
+		b.add(stored, 4096, how, ref.Hash)
+		doc := b.finish()
+		if err := r.blobs.Put(t.Context(), packName(b.id), bytes.NewReader(doc), int64(len(doc))); err != nil {
+			t.Fatal(err)
+		}
+		dst := make([]byte, 4096)
+		if err := r.ReadGrain(t.Context(), ref, dst); !errors.Is(err, ErrCorrupt) || !allZero(dst) {
+			t.Errorf("compressed %v: %v, dst zero: %v", compressed, err, allZero(dst))
+		}
 	}
 }

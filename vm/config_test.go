@@ -23,7 +23,7 @@ func webServer() vm.Config {
 			{Name: "disk2", Bus: vm.SATA},
 			{Name: "disk3", Bus: vm.NVMe},
 		},
-		NICs:   []vm.NIC{{Name: "nic0", MAC: "52:54:00:12:34:56", Model: "virtio", Network: "default"}},
+		NICs:   []vm.NIC{{Name: "nic0", MAC: "52:54:00:ab:cd:01", Model: "virtio", Network: "default"}},
 		Boot:   []string{"disk1", "nic0"},
 		Clock:  vm.LocalTime,
 		Source: &vm.Source{Format: "libvirt-xml", Definition: []byte("<domain>\x00\xff</domain>")},
@@ -61,7 +61,7 @@ func TestValidateFindsWhatIsWrong(t *testing.T) {
 		"MAC":             func(c *vm.Config) { c.NICs[0].MAC = "52:54:00:12:34" },
 		"group MAC":       func(c *vm.Config) { c.NICs[0].MAC = "01:00:5e:00:00:01" },
 		"same MAC twice": func(c *vm.Config) {
-			c.NICs = append(c.NICs, vm.NIC{Name: "nic1", MAC: "52-54-00-12-34-56", Model: "e1000"})
+			c.NICs = append(c.NICs, vm.NIC{Name: "nic1", MAC: "52-54-00-ab-cd-01", Model: "e1000"})
 		},
 		"model":             func(c *vm.Config) { c.NICs[0].Model = "ne2000" },
 		"boot from nowhere": func(c *vm.Config) { c.Boot = []string{"disk9"} },
@@ -88,11 +88,11 @@ func TestDecodeRefuses(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	edit := func(old, new string) []byte {
+	edit := func(old, changed string) []byte {
 		if !bytes.Contains(good, []byte(old)) {
 			t.Fatalf("no %q in %s", old, good)
 		}
-		return bytes.Replace(good, []byte(old), []byte(new), 1)
+		return bytes.Replace(good, []byte(old), []byte(changed), 1)
 	}
 	for name, test := range map[string]struct {
 		in   []byte

@@ -44,7 +44,10 @@ func Run(t *testing.T, mk func(t *testing.T, content []byte) restore.Disk) {
 	t.Run("cancelled context", func(t *testing.T) { checkCancelled(t, open(t, mk, big), big) })
 	t.Run("extents stop when the consumer stops", func(t *testing.T) {
 		d := open(t, mk, big)
-		for range d.Extents(t.Context(), 0, d.Size()) {
+		for _, err := range d.Extents(t.Context(), 0, d.Size()) {
+			if err != nil {
+				t.Error(err)
+			}
 			break
 		}
 	})
@@ -87,7 +90,7 @@ func checkOddReads(t *testing.T, d restore.Disk, content []byte) {
 	t.Helper()
 	var offs []int64
 	for _, unit := range []int64{512, 4096, 64 << 10, 256 << 10} {
-		for i := int64(0); i < 3; i++ {
+		for i := range int64(3) {
 			offs = append(offs, i*unit-1, i*unit, i*unit+1)
 		}
 	}

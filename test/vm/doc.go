@@ -16,6 +16,5 @@
 // and [Missing] say which are not there. Nothing is installed: kernels go to the
 // folder named by TIDEMARK_CACHE, or the user's cache directory.
 //
-// It is for tests only: no package outside test and cmd may import it, and it may
-// import no package of Tidemark.
+// It is for tests and the demo only, and imports no package of Tidemark.
 package testvm

@@ -9,8 +9,9 @@ import (
 )
 
 func parse(text string) testvm.Report {
-	var lines []testvm.Line
-	for i, s := range strings.Split(text, "\n") {
+	texts := strings.Split(text, "\n")
+	lines := make([]testvm.Line, 0, len(texts))
+	for i, s := range texts {
 		lines = append(lines, testvm.Line{N: i, Text: s})
 	}
 	return testvm.ParseConsole(lines)

@@ -132,8 +132,8 @@ func RunInKernel(ctx context.Context, r Run) (res *Result, err error) {
 	}
 	<-p.done
 	res.Log, _, _ = p.console.from(0)
-	done := false
-	res.Exits, done = parseRun(res.Log, token)
+	exits, done := parseRun(res.Log, token)
+	res.Exits = exits
 	if done && len(res.Exits) == len(r.Programs) {
 		return res, nil
 	}

@@ -1,8 +1,8 @@
-// Command nbd compares Tidemark's NBD server with nbdkit and qemu-nbd: the same
+// Command nbdbench compares Tidemark's NBD server with nbdkit and qemu-nbd: the same
 // file, the same clients, in turns, one server at a time under load. It prints a
 // table and never fails for being slow.
 //
-//	go run ./test/bench/nbd [-seconds 3] [-rounds 3] [-size 1024] [-dir /dev/shm]
+//	go run ./test/bench/nbdbench [-seconds 3] [-rounds 3] [-size 1024] [-dir /dev/shm]
 //
 // Needed are fio with its nbd engine, nbdcopy, nbdkit and qemu-nbd; what is
 // missing is left out. "memory" is our server with a disk that does not lie in a
@@ -46,13 +46,13 @@ func main() {
 	flag.Parse()
 
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
 	var err error
 	if *serve != "" {
 		err = serveFile(ctx, *serve, *file, *socket)
 	} else {
 		err = compare(ctx, *dir, *size<<20, *seconds, *rounds, *only)
 	}
+	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
@@ -274,21 +274,23 @@ func compare(ctx context.Context, dir string, size int64, seconds, rounds int, o
 			fmt.Fprintf(os.Stderr, "round %d: %s\n", round+1, r.name)
 		}
 	}
-	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(w, "medians of %d (server CPU s)\t\t", rounds)
+	lines := []string{fmt.Sprintf("medians of %d (server CPU s)\t", rounds)}
 	for _, s := range servers {
-		fmt.Fprintf(w, "%s\t", s.name)
+		lines[0] += "\t" + s.name
 	}
-	fmt.Fprintln(w)
 	for i, r := range rows {
 		if len(cells[i][0].value) == 0 {
 			continue
 		}
-		fmt.Fprintf(w, "%s\t%s\t", r.name, r.unit)
+		line := r.name + "\t" + r.unit
 		for _, c := range cells[i] {
-			fmt.Fprintf(w, "%.1f (%.1f)\t", median(c.value), median(c.cpu))
+			line += fmt.Sprintf("\t%.1f (%.1f)", median(c.value), median(c.cpu))
 		}
-		fmt.Fprintln(w)
+		lines = append(lines, line)
+	}
+	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
+	if _, err := io.WriteString(w, strings.Join(lines, "\n")+"\n"); err != nil {
+		return err
 	}
 	return w.Flush()
 }
