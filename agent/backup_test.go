@@ -24,6 +24,8 @@ const diskSize = 24 << 20
 // bench is a loop device, a tracker and a repository of the test's own.
 type bench struct {
 	dev  string
+	file string // behind dev
+	pins string
 	repo *store.Repo
 	job  agent.Job
 	seam bpf.Misses
@@ -38,32 +40,22 @@ func newBench(t *testing.T) *bench {
 		t.Skip("SKIP: no losetup (apt-get install util-linux)")
 	}
 	b := &bench{}
-	file := filepath.Join(t.TempDir(), "disk")
+	b.file = filepath.Join(t.TempDir(), "disk")
 	data := make([]byte, diskSize)
 	_, _ = rand.Read(data[:8<<20])
-	if err := os.WriteFile(file, data, 0o600); err != nil {
+	if err := os.WriteFile(b.file, data, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	out, err := exec.Command("losetup", "--show", "-f", file).Output()
+	out, err := exec.Command("losetup", "--show", "-f", b.file).Output()
 	if err != nil {
 		t.Skip("SKIP: losetup: ", err)
 	}
 	b.dev = strings.TrimSpace(string(out))
 	t.Cleanup(func() { _ = exec.Command("losetup", "-d", b.dev).Run() })
 
-	pins := filepath.Join(filepath.Dir(bpf.DefaultDir), "tidemark-agent-"+strings.ReplaceAll(t.Name(), "/", "-"))
-	tr, err := bpf.Open(bpf.Options{Dir: pins, Misses: func(m bpf.Misses) bpf.Misses {
-		for i := range m {
-			m[i] += b.seam[i]
-		}
-		return m
-	}})
-	if err != nil {
-		t.Fatal(err)
-	}
+	b.pins = filepath.Join(filepath.Dir(bpf.DefaultDir), "tidemark-agent-"+strings.ReplaceAll(t.Name(), "/", "-"))
 	t.Cleanup(func() {
-		_ = tr.Close()
-		if err := bpf.Remove(pins); err != nil {
+		if err := bpf.Remove(b.pins); err != nil {
 			t.Error(err)
 		}
 	})
@@ -74,12 +66,36 @@ func newBench(t *testing.T) *bench {
 	t.Cleanup(func() { _ = b.repo.Close() })
 	b.job = agent.Job{
 		VM: "vm", Disks: []string{b.dev}, Repo: b.repo, Tool: "test", Quiesce: agent.Quiesce{Kind: "auto"},
-		Source: func(_ context.Context, path string) (cbt.Source, error) {
-			return cbt.OpenTracked(tr, path, bpf.DefaultGranuleShift)
-		},
+		Source: b.source,
 	}
 	return b
 }
+
+// source opens the tracker anew for each backup, as the command does.
+func (b *bench) source(_ context.Context, path string) (cbt.Source, error) {
+	tr, err := bpf.Open(bpf.Options{Dir: b.pins, Misses: func(m bpf.Misses) bpf.Misses {
+		for i := range m {
+			m[i] += b.seam[i]
+		}
+		return m
+	}})
+	if err != nil {
+		return nil, err
+	}
+	src, err := cbt.OpenTracked(tr, path, bpf.DefaultGranuleShift)
+	if err != nil {
+		return nil, errors.Join(err, tr.Close())
+	}
+	return ownedSource{src, tr}, nil
+}
+
+// ownedSource closes the tracker together with the source.
+type ownedSource struct {
+	*cbt.Tracked
+	tracker *bpf.Tracker
+}
+
+func (s ownedSource) Close() error { return errors.Join(s.Tracked.Close(), s.tracker.Close()) }
 
 func (b *bench) run(t *testing.T) agent.Result {
 	t.Helper()
@@ -164,24 +180,49 @@ func TestBackupReadsOnlyWhatChanged(t *testing.T) {
 	}
 }
 
+// Whatever made the epoch unknown: the whole disk is read, only what differs is
+// stored, the point says why, and the next backup is an incremental again.
 func TestUnknownEpochIsComparedAndSaysWhy(t *testing.T) {
-	b := newBench(t)
-	b.run(t)
-	b.write(t, 1<<20, []byte("changed"))
-	for i := range 3 {
-		b.seam[i] += 9 // all copies of one program
-	}
-	r := b.run(t)
-	d := r.Point.Disks[0]
-	if d.Tracking.Mode != "compare" || !strings.Contains(strings.Join(d.Tracking.Reasons, ";"), "dropped tracing events") {
-		t.Errorf("mode %s because %q", d.Tracking.Mode, d.Tracking.Reasons)
-	}
-	if d.Stats.Read != diskSize || d.Stats.Changed != 64<<10 || d.Stats.Stored > 256<<10 {
-		t.Errorf("compare: read %d, changed %d, stored %d", d.Stats.Read, d.Stats.Changed, d.Stats.Stored)
-	}
-	b.wantContent(t, r.Point)
-	if r = b.run(t); r.Point.Disks[0].Tracking.Mode != "tracked" {
-		t.Errorf("the backup after it: %s %q", r.Point.Disks[0].Tracking.Mode, r.Point.Disks[0].Tracking.Reasons)
+	for name, c := range map[string]struct {
+		spoil func(t *testing.T, b *bench)
+		why   string
+	}{
+		"missed": {func(_ *testing.T, b *bench) {
+			for i := range 3 {
+				b.seam[i] += 9 // all copies of one program
+			}
+		}, "dropped tracing events"},
+		"detached": {func(t *testing.T, b *bench) {
+			if err := os.Remove(filepath.Join(b.pins, "link-bio_queue_2")); err != nil {
+				t.Fatal(err)
+			}
+		}, "program bio_queue_2 was detached"},
+		"replaced": {func(t *testing.T, b *bench) {
+			for _, args := range [][]string{{"-d", b.dev}, {b.dev, b.file}} {
+				if out, err := exec.Command("losetup", args...).CombinedOutput(); err != nil {
+					t.Fatalf("losetup %v: %v: %s", args, err, out)
+				}
+			}
+		}, "diskseq changed"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t)
+			b.run(t)
+			b.write(t, 1<<20, []byte("changed"))
+			c.spoil(t, b)
+			r := b.run(t)
+			d := r.Point.Disks[0]
+			if d.Tracking.Mode != "compare" || !strings.Contains(strings.Join(d.Tracking.Reasons, ";"), c.why) {
+				t.Errorf("mode %s because %q, want %q", d.Tracking.Mode, d.Tracking.Reasons, c.why)
+			}
+			if d.Stats.Read != diskSize || d.Stats.Changed != 64<<10 || d.Stats.Stored > 256<<10 {
+				t.Errorf("compare: read %d, changed %d, stored %d", d.Stats.Read, d.Stats.Changed, d.Stats.Stored)
+			}
+			b.wantContent(t, r.Point)
+			if r = b.run(t); r.Point.Disks[0].Tracking.Mode != "tracked" {
+				t.Errorf("the backup after it: %s %q", r.Point.Disks[0].Tracking.Mode, r.Point.Disks[0].Tracking.Reasons)
+			}
+		})
 	}
 }
 
