@@ -30,7 +30,8 @@
 // whatever connection. Hence clients are told that they may use several.
 //
 // A client that takes no replies stalls its own connection only, and not for
-// longer than Server.WriteTimeout.
+// longer than Server.WriteTimeout. While a reply is stuck, no request is read: a
+// client must take replies while it sends, as the kernel's, QEMU's and libnbd do.
 //
 // # Limits
 //

@@ -30,7 +30,7 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	_ = flag.Set("rapid.checks", "40") // the command line still wins
+	_ = flag.Set("rapid.checks", "25") // the command line still wins
 	os.Exit(m.Run())
 }
 
@@ -208,6 +208,7 @@ func checkAfterCrash(t *testing.T, location string, acks map[int]string) {
 }
 
 func TestKilledInEveryPut(t *testing.T) {
+	t.Parallel()
 	dry := initAt(t)
 	acks, puts := runChild(t, dry+" 0 never", 0)
 	if len(acks) != 2 || puts < 10 {
@@ -217,6 +218,7 @@ func TestKilledInEveryPut(t *testing.T) {
 	t.Logf("%d puts", puts)
 	for _, phase := range []string{"before", "middle", "after"} {
 		t.Run(phase, func(t *testing.T) {
+			t.Parallel()
 			for op := 1; op <= puts; op++ {
 				location := initAt(t)
 				acks, end := runChild(t, fmt.Sprintf("%s %d %s", location, op, phase), 0)
@@ -240,6 +242,7 @@ func TestKilledInEveryPut(t *testing.T) {
 }
 
 func TestKilledAtRandomMoments(t *testing.T) {
+	t.Parallel()
 	location := initAt(t)
 	all := map[int]string{}
 	rnd := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 0))

@@ -63,8 +63,9 @@ type differ struct {
 }
 
 func (d *differ) walk(ctx context.Context, level int, a, b subtree, first int64) error {
-	// Equal hashes mean equal content, wherever it lies.
-	if a.ref.Hash == b.ref.Hash && (a.level == b.level || a.ref.IsZero()) {
+	// Equal hashes mean equal content, wherever it lies. (A node's hash covers
+	// its level.)
+	if a.ref.Hash == b.ref.Hash {
 		return nil
 	}
 	if level < 0 {

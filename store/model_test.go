@@ -12,6 +12,7 @@ import (
 // TestModel writes random points and compares everything that can be read with
 // plain byte slices.
 func TestModel(t *testing.T) {
+	t.Parallel()
 	rapid.Check(t, func(rt *rapid.T) {
 		dir, err := os.MkdirTemp(t.TempDir(), "")
 		if err != nil {

@@ -386,6 +386,41 @@ func TestOtherGrainBeginsEmpty(t *testing.T) {
 	}
 }
 
+func TestShrunkDiskForgetsWhatWasBeyond(t *testing.T) {
+	r := testRepo(t)
+	const big, small = 20 << 20, 5<<20 + 100
+	image := noise(1, big)
+	o := DiskOptions{Size: big, Grain: 4096}
+	backup(t, r, o, write{0, image})
+	o.Size = small
+	cutDisk := backup(t, r, o)
+	wantDisk(t, r, cutDisk, image[:small])
+	wantClean(t, r, cutDisk)
+	o.Size = big
+	grown := backup(t, r, o)
+	clear(image[small:])
+	wantDisk(t, r, grown, image)
+	wantClean(t, r, grown)
+	o.Size = 2 << 30 // more levels
+	huge := backup(t, r, o)
+	wantClean(t, r, huge)
+	m, err := r.Map(huge.Disks[0].Root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var runs []Run
+	for run, err := range m.Runs(t.Context(), 0, m.Grains()) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		runs = append(runs, run)
+	}
+	data := int64(small/4096 + 1)
+	if want := []Run{{0, data, false}, {data, m.Grains(), true}}; !slices.Equal(runs, want) {
+		t.Errorf("runs %+v, want %+v", runs, want)
+	}
+}
+
 func TestInvalidCalls(t *testing.T) {
 	r := testRepo(t)
 	if _, err := r.Begin(t.Context(), "../x"); !errors.Is(err, ErrInvalid) {
