@@ -79,23 +79,33 @@ type disk struct {
 	evidence []cbt.Evidence
 }
 
-// Run makes one restore point. An error means that there is none, and that the
-// next run starts from the same point as this one did.
-func (j Job) Run(ctx context.Context) (_ Result, err error) {
-	begin := time.Now()
+// Run makes one restore point. If the last point's map is damaged, the whole disk is
+// read and a new one begun. An error means that there is no point, and that the next run
+// starts from the same one as this did, unless Result.Point is set.
+func (j Job) Run(ctx context.Context) (Result, error) {
 	if len(j.Disks) == 0 {
 		return Result{}, ErrNoDisk
 	}
 	if j.PauseBudget <= 0 {
 		j.PauseBudget = DefaultPauseBudget
 	}
+	r, err := j.run(ctx, nil)
+	if errors.Is(err, store.ErrCorrupt) && r.Point == nil {
+		return j.run(ctx, err)
+	}
+	return r, err
+}
+
+// run makes a point; damage, if not nil, is why the last one can't be continued.
+func (j Job) run(ctx context.Context, damage error) (_ Result, err error) {
+	begin := time.Now()
 	w, err := j.Repo.Begin(ctx, j.VM)
 	if err != nil {
 		return Result{}, err
 	}
 	defer func() { err = errors.Join(err, w.Abort()) }()
 
-	disks, err := j.open(ctx, w)
+	disks, err := j.open(ctx, w, damage)
 	defer func() {
 		for _, d := range disks {
 			err = errors.Join(err, d.close())
@@ -139,7 +149,7 @@ func (d *disk) close() error {
 }
 
 // open opens the disks and decides for each from where to count changes.
-func (j Job) open(ctx context.Context, w *store.Writer) ([]*disk, error) {
+func (j Job) open(ctx context.Context, w *store.Writer, damage error) ([]*disk, error) {
 	var disks []*disk
 	for i, path := range j.Disks {
 		dev, err := openDevice(path)
@@ -151,14 +161,14 @@ func (j Job) open(ctx context.Context, w *store.Writer) ([]*disk, error) {
 		if d.src, err = j.Source(ctx, path); err != nil {
 			return disks, err
 		}
-		if err := j.begin(ctx, d, w); err != nil {
+		if err := j.begin(ctx, d, w, damage); err != nil {
 			return disks, err
 		}
 	}
 	return disks, nil
 }
 
-func (j Job) begin(ctx context.Context, d *disk, w *store.Writer) error {
+func (j Job) begin(ctx context.Context, d *disk, w *store.Writer, damage error) error {
 	before := previous(w.Parent(), d.name)
 	o := store.DiskOptions{Name: d.name, Source: d.path, Size: d.size, Grain: j.Grain, Dedup: true}
 	if before != nil {
@@ -168,6 +178,14 @@ func (j Job) begin(ctx context.Context, d *disk, w *store.Writer) error {
 		}
 		o.Grain = before.Root.Grain
 		o.Dedup = before.Root.Size != d.size
+	}
+	if damage != nil {
+		// Nor is anything in the repository trusted to be what its index says.
+		o.Fresh, o.Dedup = true, false
+		d.tracking.Reasons = append(d.tracking.Reasons, "the last point can't be continued: "+damage.Error())
+	}
+	for _, bad := range w.Unreadable() {
+		d.tracking.Reasons = append(d.tracking.Reasons, "a newer point was passed over: "+bad.Error())
 	}
 	if o.Grain == 0 {
 		o.Grain = store.DefaultGrain

@@ -226,6 +226,31 @@ func TestUnknownEpochIsComparedAndSaysWhy(t *testing.T) {
 	}
 }
 
+// A map that can't be read any more is not built upon: the next point begins anew.
+func TestDamagedPointIsNotContinued(t *testing.T) {
+	b := newBench(t)
+	b.run(t)
+	b.write(t, 1<<20, []byte("changed"))
+	packs, err := filepath.Glob(filepath.Join(b.repo.Location(), "packs/*/*"))
+	if err != nil || len(packs) == 0 {
+		t.Fatal(packs, err)
+	}
+	for _, p := range packs {
+		if err := os.Chmod(p, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Truncate(p, 100); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r := b.run(t)
+	d := r.Point.Disks[0]
+	if d.Tracking.Mode != "full" || !strings.Contains(strings.Join(d.Tracking.Reasons, ";"), "can't be continued") {
+		t.Errorf("mode %s because %q", d.Tracking.Mode, d.Tracking.Reasons)
+	}
+	b.wantContent(t, r.Point)
+}
+
 func TestFailedBackupIsMadeUpForByTheNext(t *testing.T) {
 	b := newBench(t)
 	b.run(t)

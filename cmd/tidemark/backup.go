@@ -94,6 +94,13 @@ nothing was written meanwhile. --quiesce says how to pause:
 	return c
 }
 
+// whole says what was done instead of an incremental, by the disk's mode.
+var whole = map[string]string{
+	"full":    "read whole",
+	"compare": "compared with the last point",
+	"tracked": "note",
+}
+
 // summary prints what a backup did, in a line, and below it all that a person
 // must not overlook.
 func summary(w io.Writer, r agent.Result) error {
@@ -103,7 +110,7 @@ func summary(w io.Writer, r agent.Result) error {
 		size(s.Changed), size(s.Read), size(s.Stored), short(p.Quiesce.Paused), p.Consistency, p.Quiesce.Rounds, p.Quiesce.Method, short(r.Took))
 	for _, d := range p.Disks {
 		for _, why := range d.Tracking.Reasons {
-			fmt.Fprintf(&b, "  %s: compared with the last point, because: %s\n", d.Source, why)
+			fmt.Fprintf(&b, "  %s: %s, because: %s\n", d.Source, whole[d.Tracking.Mode], why)
 		}
 	}
 	if p.Consistency == store.None {
