@@ -6,7 +6,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LINT     = $(GO) tool -modfile=tools/go.mod golangci-lint
 FUZZTIME ?= 30s
 
-.PHONY: all build demo test deps generate check-generate lint unit fuzz bench truth clean help
+.PHONY: all build demo test deps generate check-generate lint unit fuzz bench truth vmtest clean help
 
 all: build
 
@@ -43,12 +43,19 @@ unit:
 fuzz: ## every fuzz target for FUZZTIME
 	test/fuzz.sh $(FUZZTIME)
 
-bench: build ## side by side with peers; prints, judges nothing
+bench: ## side by side with peers; prints, judges nothing
 	test/deps.sh run
-	$(GO) run ./test/bench bin/tidemark
+	$(GO) run ./test/bench/nbdbench
 
 truth: ## the truth test for longer: EPOCHS swaps (default 5000)
 	TIDEMARK_TRUTH_EPOCHS=$${EPOCHS:-5000} $(GO) test -count 1 -timeout 2h -v -run 'TestTruth$$' ./cbt
+
+vmtest: ## the tracker's tests under a Debian kernel in QEMU (KERNEL=package)
+	test/deps.sh build run
+	mkdir -p bin
+	CGO_ENABLED=0 $(GO) test -c -o bin/cbt.test ./cbt
+	$(GO) run ./test/vm/cmd/vmtest -kernel $(or $(KERNEL),linux-image-cloud-amd64) -timeout 20m \
+	  $(foreach t,fio losetup sfdisk partx blkdiscard,-tool $$(command -v $t)) bin/cbt.test -test.v -test.timeout 19m
 
 clean:
 	rm -rf bin

@@ -59,6 +59,35 @@ func loopDevice(t *testing.T, size int64, table string) string {
 	return dev
 }
 
+// zramDevice gives a zram device that nobody uses a size until the test ends.
+func zramDevice(t *testing.T, size int64) string {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("SKIP: zram needs root")
+	}
+	sizes, err := filepath.Glob("/sys/block/zram*/disksize")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range sizes {
+		if b, err := os.ReadFile(f); err != nil || strings.TrimSpace(string(b)) != "0" {
+			continue
+		}
+		if err := os.WriteFile(f, fmt.Append(nil, size), 0); err != nil {
+			continue
+		}
+		dir := filepath.Dir(f)
+		t.Cleanup(func() {
+			if err := os.WriteFile(filepath.Join(dir, "reset"), []byte("1"), 0); err != nil {
+				t.Error(err)
+			}
+		})
+		return filepath.Join("/dev", filepath.Base(dir))
+	}
+	t.Skip("SKIP: this kernel has no unused zram device: bio-based devices are not tested here")
+	return ""
+}
+
 func pinDir(t *testing.T) string {
 	dir := filepath.Join(filepath.Dir(bpf.DefaultDir), "tidemark-test-"+strings.NewReplacer("/", "-", ".", "-").Replace(t.Name()))
 	t.Cleanup(func() {

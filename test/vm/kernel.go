@@ -161,5 +161,13 @@ func hostMirror(ctx context.Context) (string, error) {
 			return "http" + site, nil
 		}
 	}
-	return "http://deb.debian.org/debian", nil
+	// Lists that were never fetched name no origin.
+	out, err = run(ctx, "", "apt-get", "indextargets", "--format", "$(SITE)", "Created-By: Packages")
+	if err != nil {
+		return "", err
+	}
+	if site, _, _ := strings.Cut(string(out), "\n"); strings.HasPrefix(site, "http") {
+		return site, nil
+	}
+	return "", errors.New("apt has no package source over HTTP: name a Debian mirror")
 }
