@@ -114,6 +114,9 @@ func TestPlainUserMounts(t *testing.T) {
 	if _, err := exec.LookPath("fusermount3"); err != nil {
 		t.Skipf("SKIPPED: %v", err)
 	}
+	if _, err := os.Stat("/etc/mtab"); err != nil {
+		t.Skipf("SKIPPED: fusermount3 can't unmount without it: %v", err)
+	}
 	content := disktest.Content(2<<20, 1)
 	base := openDir(t)
 	repo, err := store.Init(t.Context(), base+"/repo")
