@@ -196,7 +196,13 @@ func (j Job) begin(ctx context.Context, d *disk, w *store.Writer, damage error) 
 		return err
 	}
 	d.tracking.Mode = "full"
-	if before != nil && d.out.HasParent() {
+	switch {
+	case before == nil || !d.out.HasParent():
+	case before.Root.Size != d.size:
+		// What lies behind the old end was never read, whenever it was written.
+		d.tracking.Mode = "compare"
+		d.tracking.Reasons = append(d.tracking.Reasons, "the disk has grown since the last point")
+	default:
 		d.tracking.Mode = "tracked"
 		if d.at, err = cbt.ParseChangeID(before.ChangeID); err != nil {
 			d.tracking.Reasons = append(d.tracking.Reasons, "the last point's change ID can't be read")
@@ -238,6 +244,9 @@ func (d *disk) advance(ctx context.Context) error {
 				d.tracking.Reasons = append(d.tracking.Reasons, delta.Unknown...)
 			}
 		}
+	}
+	if delta.Evidence.Size != d.size {
+		return fmt.Errorf("%s: %w: it was opened with %d bytes and is tracked with %d", d.path, cbt.ErrDeviceChanged, d.size, delta.Evidence.Size)
 	}
 	d.at = delta.ID
 	d.pending = d.pending.Union(delta.Extents.Align(d.grain, d.size))

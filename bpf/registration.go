@@ -95,6 +95,10 @@ func (t *Tracker) Register(dev Device, shift uint) (*Registration, error) {
 		_ = r.Close()
 		return nil, err
 	}
+	if err := t.resetCounts(slot); err != nil {
+		_ = r.Close()
+		return nil, err
+	}
 	granules := uint64(dev.Size+(1<<shift)-1) >> shift
 	if r.current, err = r.begin(shape{n: 1, granules: granules, shift: shift, size: dev.Size, diskSeq: dev.DiskSeq, tracked: uint64(time.Now().UnixNano())}); err != nil {
 		_ = r.Close()
@@ -444,6 +448,20 @@ type Counts struct {
 	Completions, CompleteSectors uint64
 	Discards                     uint64 // and write-zeroes
 	Passthrough                  uint64
+}
+
+// resetCounts makes a slot's counters begin at 0 for its new device.
+func (t *Tracker) resetCounts(slot uint32) error {
+	cpus, err := ebpf.PossibleCPU()
+	if err != nil {
+		return fmt.Errorf("count processors: %w", err)
+	}
+	for c := range uint32(copies) {
+		if err := t.maps.Counts.Put(slot*copies+c, make([]trackerCounters, cpus)); err != nil {
+			return fmt.Errorf("reset counters: %w", err)
+		}
+	}
+	return nil
 }
 
 // Counts are the device's events up to now. It takes microseconds.

@@ -44,6 +44,10 @@ func (s *sources) open(_ context.Context, path string) (cbt.Source, error) {
 	if st.Mode().IsRegular() {
 		return nil, fmt.Errorf("%s: %w: an image file; attach it with `losetup -f --show FILE` and let the VM use the loop device", path, bpf.ErrUntrackable)
 	}
+	// Nothing is attached for a device that can't be tracked.
+	if _, err := bpf.Lookup(path); err != nil {
+		return nil, err
+	}
 	if err := s.attach(); err != nil {
 		return nil, err
 	}
