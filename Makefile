@@ -54,8 +54,8 @@ vmtest: ## the tracker's tests under a Debian kernel in QEMU (KERNEL=package)
 	test/deps.sh build run
 	mkdir -p bin
 	CGO_ENABLED=0 $(GO) test -c -o bin/cbt.test ./cbt
-	$(GO) run ./test/vm/cmd/vmtest -kernel $(or $(KERNEL),linux-image-cloud-amd64) -timeout 20m \
-	  $(foreach t,fio losetup sfdisk partx blkdiscard,-tool $$(command -v $t)) bin/cbt.test -test.v -test.timeout 19m
+	$(GO) run ./test/vm/cmd/vmtest -kernel $(or $(KERNEL),linux-image-cloud-amd64) -timeout 20m -modules virtio_pci,virtio_blk,virtio_rng,loop,dm-mod,dm-delay,zram \
+	  $(foreach t,fio losetup sfdisk partx blkdiscard dmsetup,-tool $$(command -v $t)) bin/cbt.test -test.v -test.timeout 19m
 
 clean:
 	rm -rf bin

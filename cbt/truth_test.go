@@ -92,6 +92,11 @@ func TestTruth(t *testing.T) {
 		dev := loopDevice(t, truthSize, truthTable)
 		testTruth(t, dev, func() func() uint64 { return writers(t, dev, dev+"p1", dev+"p2", "512") })
 	})
+	// Writes stay in flight for long: what is not marked at completion is lost.
+	t.Run("dm-delay", func(t *testing.T) {
+		dev := delayDevice(t, truthSize, 25*time.Millisecond)
+		testTruth(t, dev, func() func() uint64 { return writers(t, dev, dev, dev, "512") })
+	})
 	t.Run("zram", func(t *testing.T) {
 		dev := zramDevice(t, truthSize)
 		testTruth(t, dev, func() func() uint64 { return writers(t, dev, dev, dev, "4k") })
