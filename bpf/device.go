@@ -60,7 +60,11 @@ func Lookup(path string) (Device, error) {
 	}
 	_, err = os.Stat(filepath.Join(sys, "mq"))
 	d.BioBased = err != nil
-	if why := invisible(sys, d.Name); why != "" {
+	why := invisible(sys, d.Name)
+	if why == "" && d.BioBased {
+		why = passesOn(sys, d.Name)
+	}
+	if why != "" {
 		return Device{}, fmt.Errorf("%s: %w: %s", path, ErrUntrackable, why)
 	}
 	return d, nil
@@ -76,6 +80,42 @@ func invisible(sys, name string) string {
 	for _, driver := range []string{"ram", "zram", "pmem", "btt"} {
 		if rest, ok := strings.CutPrefix(name, driver); ok && strings.TrimLeft(rest, "0123456789.s") == "" && kernelBefore(6, 4) {
 			return "on this kernel its driver writes pages without a bio (rw_page)"
+		}
+	}
+	return ""
+}
+
+// passesOn says why completions of a bio-based device may not be seen, or nothing.
+// A driver that hands the same bio to another device (NVMe multipath, md linear and
+// raid0, a detached bcache) lets it complete as a request of that one:
+// blk_update_request then clears BIO_TRACE_COMPLETION and block_bio_complete
+// never fires. So only drivers that are known to end their own bios are let in.
+func passesOn(sys, name string) string {
+	switch {
+	case strings.HasPrefix(name, "dm-"), strings.HasPrefix(name, "zram"), strings.HasPrefix(name, "ram"):
+	case strings.HasPrefix(name, "md"):
+		level, err := os.ReadFile(filepath.Join(sys, "md/level"))
+		if err != nil {
+			return "the level of the array is not known"
+		}
+		switch l := strings.TrimSpace(string(level)); l {
+		case "raid1", "raid4", "raid5", "raid6", "raid10":
+		default:
+			return "md " + l + " passes writes on to its members, where their completion can't be attributed to it"
+		}
+	case strings.HasPrefix(name, "nvme"):
+		return "NVMe multipath passes writes on to a path, where their completion can't be attributed to it (nvme_core.multipath=N turns it off)"
+	default:
+		return "its driver completes bios in a way that is not known"
+	}
+	// An array above would pass bios down that were announced above already.
+	holders, err := os.ReadDir(filepath.Join(sys, "holders"))
+	if err != nil {
+		return ""
+	}
+	for _, h := range holders {
+		if !strings.HasPrefix(h.Name(), "dm-") {
+			return h.Name() + " is built on it: track that"
 		}
 	}
 	return ""
@@ -99,6 +139,12 @@ func readUint(path string) (uint64, error) {
 		return 0, err
 	}
 	return strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64)
+}
+
+// accounts tells whether inflightWrites can be believed.
+func (d Device) accounts() bool {
+	on, err := readUint("/sys/dev/block/" + d.Number() + "/queue/iostats")
+	return err == nil && on == 1
 }
 
 // inflightWrites is the number of writes the device has not completed yet.

@@ -66,6 +66,7 @@ struct request_queue {
 struct request {
 	struct request_queue *q;
 	unsigned int cmd_flags;
+	unsigned int __data_len; // bytes
 	__u64 __sector;
 	struct bio *bio;
 };
@@ -78,4 +79,5 @@ struct request {
 #define REQ_OP_DISCARD 3
 #define REQ_OP_SECURE_ERASE 5
 #define REQ_OP_WRITE_ZEROES 9
+#define REQ_OP_DRV_IN 34
 #define REQ_OP_DRV_OUT 35

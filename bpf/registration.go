@@ -74,6 +74,9 @@ func (t *Tracker) Register(dev Device, shift uint) (*Registration, error) {
 		return nil, err
 	}
 	defer func() { _ = lock.Close() }()
+	if !t.intact() {
+		return nil, ErrDetached
+	}
 	var d trackerDevice
 	if err := t.maps.Devices.Lookup(dev.key(), &d); err == nil {
 		return nil, fmt.Errorf("%s: tracked already", dev.Path)
@@ -109,13 +112,17 @@ func (t *Tracker) Register(dev Device, shift uint) (*Registration, error) {
 		return nil, fmt.Errorf("install the first epoch: %w", err)
 	}
 	d = trackerDevice{Slot: slot, GranuleShift: uint32(shift), Granules: r.current.Granules()}
+	if dev.BioBased {
+		// A bio that was submitted before has no entry in the in-flight table. Said
+		// first and taken back, so that a process killed in between leaves it said.
+		r.current.mem.words[hdrLoss] = uint64(LossUndrained)
+	}
 	if err := t.maps.Devices.Put(dev.key(), d); err != nil {
 		_ = r.Close()
 		return nil, fmt.Errorf("register %s: %w", dev.Path, err)
 	}
-	if dev.BioBased && !drained(dev, 2*time.Second) {
-		// A bio that was submitted before has no entry in the in-flight table.
-		r.current.mem.words[hdrLoss] |= uint64(LossUndrained)
+	if dev.BioBased && drained(dev, 2*time.Second) {
+		r.current.mem.words[hdrLoss] = 0
 	}
 	t.mu.Lock()
 	t.open[r] = struct{}{}
@@ -125,6 +132,9 @@ func (t *Tracker) Register(dev Device, shift uint) (*Registration, error) {
 
 // drained waits until the device was seen with no write in flight.
 func drained(dev Device, limit time.Duration) bool {
+	if !dev.accounts() {
+		return false
+	}
 	for end := time.Now().Add(limit); ; time.Sleep(time.Millisecond) {
 		n, err := dev.inflightWrites()
 		if err != nil {
@@ -160,6 +170,33 @@ func (t *Tracker) freeSlot() (uint32, error) {
 	return 0, fmt.Errorf("%w: %d devices are tracked", ErrFull, maxDevices)
 }
 
+// Forget drops what is tracked under dev's number, also if it can't be acquired
+// because its pins are damaged. The error wraps ErrBusy if it is in use.
+func (t *Tracker) Forget(dev Device) error {
+	lock, err := lockDir(t.dir, unix.LOCK_EX)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = lock.Close() }()
+	var d trackerDevice
+	if err := t.maps.Devices.Lookup(dev.key(), &d); err != nil {
+		if errors.Is(err, ebpf.ErrKeyNotExist) {
+			return nil
+		}
+		return fmt.Errorf("look up %s: %w", dev.Path, err)
+	}
+	slot, err := lockDir(t.slotDir(d.Slot), unix.LOCK_EX|unix.LOCK_NB)
+	if err == nil {
+		defer func() { _ = slot.Close() }()
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("%s: %w", dev.Path, err)
+	}
+	if err := t.maps.Devices.Delete(dev.key()); err != nil {
+		return fmt.Errorf("forget %s: %w", dev.Path, err)
+	}
+	return os.RemoveAll(t.slotDir(d.Slot))
+}
+
 // Acquire takes hold of a device that is tracked. Errors wrap ErrNotRegistered
 // or ErrBusy. Look at Changed before you believe it.
 func (t *Tracker) Acquire(dev Device) (*Registration, error) {
@@ -177,7 +214,7 @@ func (t *Tracker) Acquire(dev Device) (*Registration, error) {
 	}
 	if err := r.load(); err != nil {
 		_ = r.Close()
-		return nil, fmt.Errorf("%s: adopt its epochs: %w", dev.Path, err)
+		return nil, fmt.Errorf("%s: %w: %w", dev.Path, ErrDamaged, err)
 	}
 	t.mu.Lock()
 	t.open[r] = struct{}{}
@@ -450,6 +487,27 @@ type Counts struct {
 	Passthrough                  uint64
 }
 
+// Events changes whenever any copy of a program ran for the device or was
+// dropped on this host: as long as it stays the same, nobody wrote.
+func (r *Registration) Events() (uint64, error) {
+	missed, err := r.t.Misses()
+	if err != nil {
+		return 0, err
+	}
+	var n uint64
+	for _, m := range missed {
+		n += m
+	}
+	for c := range uint32(copies) {
+		sum, err := r.t.copyCounts(r.slot, c)
+		if err != nil {
+			return 0, err
+		}
+		n += sum.Submits + sum.Completions + sum.Passthrough
+	}
+	return n, nil
+}
+
 // resetCounts makes a slot's counters begin at 0 for its new device.
 func (t *Tracker) resetCounts(slot uint32) error {
 	cpus, err := ebpf.PossibleCPU()
@@ -464,25 +522,13 @@ func (t *Tracker) resetCounts(slot uint32) error {
 	return nil
 }
 
-// Counts are the device's events up to now. It takes microseconds.
-func (r *Registration) Counts() (Counts, error) { return r.t.counts(r.slot) }
-
 // counts takes, of the copies, the one that saw most.
 func (t *Tracker) counts(slot uint32) (Counts, error) {
 	var best Counts
 	for c := range uint32(copies) {
-		var perCPU []trackerCounters
-		if err := t.maps.Counts.Lookup(slot*copies+c, &perCPU); err != nil {
-			return best, fmt.Errorf("counters: %w", err)
-		}
-		var sum Counts
-		for _, v := range perCPU {
-			sum.Submits += v.Submits
-			sum.SubmitSectors += v.SubmitSectors
-			sum.Completions += v.Completions
-			sum.CompleteSectors += v.CompleteSectors
-			sum.Discards += v.Discards
-			sum.Passthrough += v.Passthrough
+		sum, err := t.copyCounts(slot, c)
+		if err != nil {
+			return best, err
 		}
 		best.Submits = max(best.Submits, sum.Submits)
 		best.SubmitSectors = max(best.SubmitSectors, sum.SubmitSectors)
@@ -492,4 +538,22 @@ func (t *Tracker) counts(slot uint32) (Counts, error) {
 		best.Passthrough = max(best.Passthrough, sum.Passthrough)
 	}
 	return best, nil
+}
+
+// copyCounts adds up what one copy counted on all processors.
+func (t *Tracker) copyCounts(slot, c uint32) (Counts, error) {
+	var sum Counts
+	var perCPU []trackerCounters
+	if err := t.maps.Counts.Lookup(slot*copies+c, &perCPU); err != nil {
+		return sum, fmt.Errorf("counters: %w", err)
+	}
+	for _, v := range perCPU {
+		sum.Submits += v.Submits
+		sum.SubmitSectors += v.SubmitSectors
+		sum.Completions += v.Completions
+		sum.CompleteSectors += v.CompleteSectors
+		sum.Discards += v.Discards
+		sum.Passthrough += v.Passthrough
+	}
+	return sum, nil
 }

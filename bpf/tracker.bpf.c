@@ -263,11 +263,14 @@ static __always_inline int on_rq_complete(struct request *rq, __u32 bytes, __u32
 	void *epoch;
 	__u32 op = rq->cmd_flags & REQ_OP_MASK, key;
 
-	if (!op_writes(op) || !bytes)
+	if (!op_writes(op) || (!bytes && op != REQ_OP_DRV_OUT))
 		return 0;
 	disk = rq->q->disk;
-	if (!disk)
-		return 0; // passthrough: seen at issue
+	if (!disk) {
+		// Counted at issue too: it belongs to both epochs.
+		host_add(HOST_PASSTHROUGH);
+		return 0;
+	}
 	key = disk_key(disk);
 	d = bpf_map_lookup_elem(&devices, &key);
 	if (!d)
@@ -348,12 +351,17 @@ static __always_inline int on_rq_issue(struct request *rq, __u32 copy)
 	struct device *d;
 	struct counters *c;
 	void *epoch;
-	__u32 key;
+	__u32 op = rq->cmd_flags & REQ_OP_MASK, key;
 
-	if ((rq->cmd_flags & REQ_OP_MASK) != REQ_OP_DRV_OUT)
+	// Commands that carry no data count as reads, whatever they do: write
+	// zeroes, format, sanitize.
+	if (op != REQ_OP_DRV_OUT && (op != REQ_OP_DRV_IN || rq->__data_len))
 		return 0;
 	disk = rq->q->disk;
 	if (!disk) {
+		// Without data, it is a keep-alive more often than not: see docs/limits.md.
+		if (op == REQ_OP_DRV_IN)
+			return 0;
 		// A controller-wide queue: it may have written to any device.
 		host_add(HOST_PASSTHROUGH);
 		return 0;

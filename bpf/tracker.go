@@ -2,6 +2,7 @@ package bpf
 
 import (
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -62,7 +63,8 @@ const (
 	metaInstance = 1
 	metaBoot     = 2 // and 3
 	metaSince    = 4
-	metaLinks    = 5 // 12 words
+	metaLinks    = 5  // 12 words
+	metaObject   = 17 // hash of the object that was loaded
 	metaWords    = 32
 )
 
@@ -97,8 +99,13 @@ func Open(o Options) (*Tracker, error) {
 	if err == nil {
 		return t, nil
 	}
-	t.fresh = err.Error()
 	t.closeAll()
+	var not notAdoptable
+	if !errors.As(err, &not) {
+		// Such as too many open files: what is pinned may be good.
+		return nil, permission(fmt.Errorf("adopt the pinned tracker: %w", err))
+	}
+	t.fresh = err.Error()
 	if o.AdoptOnly {
 		return nil, fmt.Errorf("%w: %w", ErrNotAttached, err)
 	}
@@ -208,14 +215,25 @@ func (t *Tracker) mapNames() map[string]**ebpf.Map {
 
 func programName(i int) string { return fmt.Sprintf("%s_%d", programs[i/copies], i%copies) }
 
+// notAdoptable says why what is pinned can't be believed.
+type notAdoptable string
+
+func (n notAdoptable) Error() string { return string(n) }
+
+// objectHash tells one version of the programs from another.
+func objectHash() uint64 {
+	h := sha256.Sum256(_TrackerBytes)
+	return binary.BigEndian.Uint64(h[:])
+}
+
 func (t *Tracker) adopt() error {
 	var err error
 	t.meta, err = ebpf.LoadPinnedMap(filepath.Join(t.dir, "meta"), nil)
 	if errors.Is(err, os.ErrNotExist) {
-		return errors.New("no tracker was attached")
+		return notAdoptable("no tracker was attached")
 	}
 	if err != nil {
-		return fmt.Errorf("adopt the pinned tracker: %w", err)
+		return err
 	}
 	m, err := mapArray(t.meta)
 	if err != nil {
@@ -228,28 +246,38 @@ func (t *Tracker) adopt() error {
 	}
 	switch {
 	case len(m.words) < metaWords || m.words[metaMagic] != headerMagic:
-		return errors.New("the pinned tracker has another map layout, or its attaching was interrupted")
+		return notAdoptable("the pinned tracker has another map layout, or its attaching was interrupted")
+	case m.words[metaObject] != objectHash():
+		return notAdoptable("the pinned tracker's programs are of another version")
 	case m.words[metaBoot] != binary.BigEndian.Uint64(boot[:8]) || m.words[metaBoot+1] != binary.BigEndian.Uint64(boot[8:]):
-		return errors.New("the pinned tracker is of another boot")
+		return notAdoptable("the pinned tracker is of another boot")
 	}
 	t.instance = m.words[metaInstance]
 	t.since = time.Unix(0, int64(m.words[metaSince]))
 	for name, p := range t.mapNames() {
-		if *p, err = ebpf.LoadPinnedMap(filepath.Join(t.dir, "map-"+name), nil); err != nil {
-			return fmt.Errorf("adopt map %s: %w", name, err)
+		*p, err = ebpf.LoadPinnedMap(filepath.Join(t.dir, "map-"+name), nil)
+		if errors.Is(err, os.ErrNotExist) {
+			return notAdoptable("map " + name + " is not pinned any more")
+		}
+		if err != nil {
+			return fmt.Errorf("map %s: %w", name, err)
 		}
 	}
 	for i := range t.links {
 		t.linkIDs[i] = uint32(m.words[metaLinks+i])
-		if t.links[i], err = link.LoadPinnedLink(filepath.Join(t.dir, "link-"+programName(i)), nil); err != nil {
-			return fmt.Errorf("program %s was detached: %w", programName(i), err)
+		t.links[i], err = link.LoadPinnedLink(filepath.Join(t.dir, "link-"+programName(i)), nil)
+		if errors.Is(err, os.ErrNotExist) {
+			return notAdoptable("program " + programName(i) + " was detached")
+		}
+		if err != nil {
+			return fmt.Errorf("link of %s: %w", programName(i), err)
 		}
 		info, err := t.links[i].Info()
 		if err != nil {
 			return fmt.Errorf("link of %s: %w", programName(i), err)
 		}
 		if uint32(info.ID) != t.linkIDs[i] {
-			return fmt.Errorf("program %s was detached and attached again", programName(i))
+			return notAdoptable("program " + programName(i) + " was detached and attached again")
 		}
 		if t.progs[i], err = ebpf.NewProgramFromID(info.Program); err != nil {
 			return fmt.Errorf("program %s: %w", programName(i), err)
@@ -305,6 +333,7 @@ func (t *Tracker) attach() error {
 	m.words[metaBoot] = binary.BigEndian.Uint64(boot[:8])
 	m.words[metaBoot+1] = binary.BigEndian.Uint64(boot[8:])
 	m.words[metaInstance] = t.instance
+	m.words[metaObject] = objectHash()
 	m.words[metaSince] = uint64(t.since.UnixNano())
 	for i, id := range t.linkIDs {
 		m.words[metaLinks+i] = uint64(id)

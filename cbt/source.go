@@ -42,7 +42,8 @@ type Delta struct {
 
 // Evidence is what a reader needs to judge whether a write can have been missed.
 type Evidence struct {
-	Method      string    `json:"method"` // "ebpf" or "none"
+	Method      string    `json:"method"`           // "ebpf" or "none"
+	Device      string    `json:"device,omitempty"` // major:minor
 	Opened      time.Time `json:"opened,omitzero"`
 	Closed      time.Time `json:"closed,omitzero"`
 	FirstEpoch  uint64    `json:"first_epoch,omitempty"`

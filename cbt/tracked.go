@@ -39,6 +39,9 @@ func OpenTracked(tracker *bpf.Tracker, path string, shift uint) (*Tracked, error
 		}
 		s.began = loss.Reasons()
 		err = s.reg.Unregister()
+	} else if errors.Is(err, bpf.ErrDamaged) {
+		s.began = []string{err.Error()}
+		err = tracker.Forget(dev)
 	} else if errors.Is(err, bpf.ErrNotRegistered) {
 		s.began = []string{"tracking of this device had not begun"}
 		if why := tracker.Fresh(); why != "" {
@@ -76,7 +79,7 @@ func (s *Tracked) Changes(ctx context.Context, since ChangeID) (Delta, error) {
 	s.reg.Fold()
 	d := Delta{ID: ChangeID{s.reg.ID(), closed.Last()}}
 	d.Evidence = Evidence{
-		Method: "ebpf", Closed: closed.Closed(), LastEpoch: closed.Last(), Granule: s.Granule(), Size: closed.Size(), DiskSeq: closed.DiskSeq(),
+		Method: "ebpf", Device: s.reg.Device().Number(), Closed: closed.Closed(), LastEpoch: closed.Last(), Granule: s.Granule(), Size: closed.Size(), DiskSeq: closed.DiskSeq(),
 		Attached: s.tracker.Since(),
 	}
 	ids := s.tracker.LinkIDs()
@@ -165,8 +168,7 @@ func (s *Tracked) Commit(id ChangeID) error {
 
 // Writes implements Source.
 func (s *Tracked) Writes() (uint64, error) {
-	c, err := s.reg.Counts()
-	return c.Submits + c.Completions, err
+	return s.reg.Events()
 }
 
 // Untrack stops the tracking and closes s.
