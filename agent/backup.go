@@ -76,6 +76,7 @@ type disk struct {
 	grain    int64        // bytes
 	read     int64        // bytes
 	tracking store.Tracking
+	unknown  []string // of the last advance
 	evidence []cbt.Evidence
 }
 
@@ -233,6 +234,7 @@ func (d *disk) advance(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	d.unknown = delta.Unknown
 	if len(delta.Unknown) > 0 {
 		switch d.tracking.Mode {
 		case "tracked", "compare":
@@ -245,8 +247,8 @@ func (d *disk) advance(ctx context.Context) error {
 			}
 		}
 	}
-	if delta.Evidence.Size != d.size {
-		return fmt.Errorf("%s: %w: it was opened with %d bytes and is tracked with %d", d.path, cbt.ErrDeviceChanged, d.size, delta.Evidence.Size)
+	if err := d.same(delta.Evidence); err != nil {
+		return fmt.Errorf("%s: %w: %w", d.path, cbt.ErrDeviceChanged, err)
 	}
 	d.at = delta.ID
 	d.pending = d.pending.Union(delta.Extents.Align(d.grain, d.size))

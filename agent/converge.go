@@ -5,8 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/tidemark/tidemark/cbt"
 	"github.com/tidemark/tidemark/store"
@@ -33,9 +36,11 @@ type convergence struct {
 	pauser Pauser
 	dog    *watchdog
 	outcome
-	pauses int
-	worst  time.Duration // what the last failed pause would have needed
-	meter  meter
+	pauses  int
+	swapped time.Time     // when the last round's epochs were all open
+	unknown []string      // why the last round's extents could not be proven
+	worst   time.Duration // what the last failed pause would have needed
+	meter   meter
 }
 
 // converge reads what changed, round after round, until the disks show one
@@ -93,7 +98,11 @@ func (c *convergence) needs() time.Duration {
 
 func (c *convergence) rounds(ctx context.Context) error {
 	stalled := 0
-	for before := int64(-1); ; {
+	type round struct {
+		left    int64
+		swapped time.Time
+	}
+	for before := (round{-1, time.Now()}); ; {
 		c.quiesce.Rounds++
 		if err := c.readRunning(ctx); err != nil {
 			return err
@@ -110,13 +119,13 @@ func (c *convergence) rounds(ctx context.Context) error {
 		if left == 0 {
 			// Nothing was submitted or completed between the swaps: what was
 			// read after the first of them is the disk at any moment in between.
-			c.instant, c.consistency, c.quiesce.Method = time.Now(), store.Crash, "quiet"
+			c.instant, c.consistency, c.quiesce.Method = before.swapped, store.Crash, "quiet"
 			return nil
 		}
-		if before >= 0 && left > before*7/10 {
+		if before.left >= 0 && left > before.left*7/10 {
 			stalled++
 		}
-		before = left
+		before = round{left, c.swapped}
 		last := c.quiesce.Rounds >= maxRounds || stalled >= 2
 		if c.pauser == nil {
 			if last {
@@ -141,6 +150,9 @@ func (c *convergence) rounds(ctx context.Context) error {
 // giveUp ends without an instant: with an error, or, if that was asked for, with
 // a point that says so.
 func (c *convergence) giveUp(ctx context.Context, why error) error {
+	if len(c.unknown) > 0 {
+		why = fmt.Errorf("%w; what changed could not be proven either: %s", why, strings.Join(c.unknown, "; "))
+	}
 	if !c.job.AllowInconsistent {
 		return why
 	}
@@ -153,17 +165,33 @@ func (c *convergence) giveUp(ctx context.Context, why error) error {
 // advanceAll closes an epoch of every disk before anything is read, so that
 // the epochs of all disks have a moment in common.
 func (c *convergence) advanceAll(ctx context.Context) error {
+	if err := c.syncAll(); err != nil {
+		return err
+	}
+	return c.swapAll(ctx)
+}
+
+func (c *convergence) syncAll() error {
 	for _, d := range c.disks {
 		if err := d.sync(); err != nil {
 			return err
 		}
 	}
-	for _, d := range c.disks {
-		if err := d.advance(ctx); err != nil {
-			return err
-		}
-	}
 	return nil
+}
+
+// swapAll swaps the epochs of all disks at once: each waits for a grace period.
+func (c *convergence) swapAll(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	for _, d := range c.disks {
+		g.Go(func() error { return d.advance(ctx) })
+	}
+	err := g.Wait()
+	c.swapped, c.unknown = time.Now(), nil
+	for _, d := range c.disks {
+		c.unknown = append(c.unknown, d.unknown...)
+	}
+	return err
 }
 
 func (c *convergence) readRunning(ctx context.Context) error {
@@ -194,32 +222,49 @@ type held struct {
 func (c *convergence) pause(ctx context.Context) (ok bool, err error) {
 	c.pauses++
 	c.quiesce.Rounds++
+	total := c.quiesce.Paused
 	c.meter.start(Progress{Round: c.quiesce.Rounds, Total: c.pending(), Phase: "paused"})
-	if err := c.dog.arm(max(minWatch, 4*c.job.PauseBudget)); err != nil {
+	running, err := c.pauser.Running(ctx)
+	if err != nil {
 		return false, err
+	}
+	limit := max(minWatch, 4*c.job.PauseBudget)
+	if running {
+		// A guest that stands still by somebody else's will is not ours to resume.
+		if err := c.dog.arm(limit); err != nil {
+			return false, err
+		}
 	}
 	begin := time.Now()
-	var pieces []held
-	pieces, ok, err = c.standStill(ctx, begin)
-	// Not ctx: a backup that is cancelled has to resume its guest too.
-	resumeCtx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
-	resumed := c.pauser.Resume(resumeCtx)
-	paused := time.Since(begin)
-	c.quiesce.Paused += paused
-	if resumed == nil {
-		// If the guest could not be resumed, the watchdog stays armed and does it.
-		resumed = c.dog.disarm()
-	}
-	if err = errors.Join(err, resumed); err != nil {
+	resume := sync.OnceValue(func() error { return c.resume(running, begin) })
+	// If reading hangs, the guest is resumed from here; the watchdog is for when
+	// this process can't do it.
+	late := time.AfterFunc(limit/2, func() { _ = resume() })
+	pieces, ok, err := c.standStill(ctx, begin)
+	ok = late.Stop() && ok
+	if err = errors.Join(err, resume()); err != nil {
 		return false, err
 	}
+	paused := c.quiesce.Paused - total
 	if !ok {
 		c.worst = paused + c.needs()
 		return false, nil
 	}
 	c.consistency, c.quiesce.Method = c.pauser.Consistency(), c.pauser.Method()
 	return true, c.keep(ctx, pieces)
+}
+
+// resume lets the guest run and tells the watchdog. It doesn't obey the job's context: a backup
+// that is cancelled has to resume its guest too.
+func (c *convergence) resume(armed bool, begin time.Time) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	err := c.pauser.Resume(ctx)
+	c.quiesce.Paused += time.Since(begin)
+	if err != nil || !armed {
+		return err // if it is armed, the watchdog does it
+	}
+	return c.dog.disarm()
 }
 
 // standStill pauses, and reads what is pending then into memory.
@@ -230,14 +275,19 @@ func (c *convergence) standStill(ctx context.Context, begin time.Time) ([]held, 
 	if err := c.settle(ctx); err != nil {
 		return nil, false, err
 	}
-	if err := c.advanceAll(ctx); err != nil {
+	if err := c.syncAll(); err != nil {
 		return nil, false, err
 	}
+	// Before the swaps: what is written after this either shows in the counters or not at
+	// all. What a swap closes over is read, but may belong to another instant.
 	before, err := c.writes()
 	if err != nil {
 		return nil, false, err
 	}
 	c.instant = time.Now()
+	if err := c.swapAll(ctx); err != nil {
+		return nil, false, err
+	}
 	deadline := begin.Add(c.job.PauseBudget)
 	if c.pending() > maxHeld || time.Now().Add(c.needs()/readers).After(deadline) {
 		return nil, false, nil

@@ -85,13 +85,16 @@ func (a *Agent) follow(ctx context.Context, vm VMConfig, m *metrics, turn chan s
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()
-		case err != nil:
+		case r.Point == nil:
 			m.failed.WithLabelValues(vm.Name).Inc()
 			log.Error("backup failed", "error", err)
 			if a.Config.Retry > 0 && a.Config.Retry < vm.Every {
 				next = time.Now().Add(a.Config.Retry)
 			}
 		default:
+			if err != nil {
+				log.Warn("the restore point stands, but", "error", err)
+			}
 			m.success(vm.Name, r)
 			s := Sum(r.Point)
 			log.Info("restore point", "id", r.Point.ID, "changed", s.Changed, "read", s.Read, "stored", s.Stored,

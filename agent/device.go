@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -65,6 +66,30 @@ func openDevice(path string) (*device, error) {
 		return &b
 	}
 	return d, nil
+}
+
+// same checks that what is read is what is tracked: a path may lead to another
+// device each time it is followed.
+func (d *device) same(tracked cbt.Evidence) error {
+	if tracked.Size != d.size {
+		return fmt.Errorf("it was opened with %d bytes and is tracked with %d", d.size, tracked.Size)
+	}
+	if tracked.Device == "" {
+		return nil
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(d.f.Fd()), &st); err != nil {
+		return err
+	}
+	if opened := fmt.Sprintf("%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev)); opened != tracked.Device {
+		return fmt.Errorf("device %s was opened, %s is tracked", opened, tracked.Device)
+	}
+	var seq uint64
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, d.f.Fd(), unix.BLKGETDISKSEQ, uintptr(unsafe.Pointer(&seq)))
+	if errno == 0 && seq != tracked.DiskSeq {
+		return fmt.Errorf("diskseq %d was opened, %d is tracked", seq, tracked.DiskSeq)
+	}
+	return nil
 }
 
 // sync makes what lies in the host's page cache reach the device, where the

@@ -21,6 +21,9 @@ type Pauser interface {
 	// Prepare gets ready, so that Pause is quick.
 	Prepare(ctx context.Context) error
 
+	// Running tells whether Pause will have something to do.
+	Running(ctx context.Context) (bool, error)
+
 	// Flush lets dirty data out while the guest runs, so that Pause has less to
 	// wait for.
 	Flush(ctx context.Context) error
@@ -29,7 +32,8 @@ type Pauser interface {
 	// that was not running is left as it is.
 	Pause(ctx context.Context) error
 
-	// Resume undoes Pause, and does nothing if Pause did nothing.
+	// Resume undoes Pause, and does nothing if Pause did nothing. It may be called
+	// while Pause is under way.
 	Resume(ctx context.Context) error
 
 	// Close resumes if need be and lets go.
@@ -85,6 +89,14 @@ func (q Quiesce) String() string {
 	return q.Kind + "=" + q.Target
 }
 
+func paths(disks []*device) []string {
+	out := make([]string, len(disks))
+	for i, d := range disks {
+		out[i] = d.path
+	}
+	return out
+}
+
 // pauser makes the Pauser of a choice; nil for none and for auto where no
 // user of the disks was found. The text says what was chosen, and why.
 func (q Quiesce) pauser(disks []*device) (Pauser, string, error) {
@@ -92,7 +104,7 @@ func (q Quiesce) pauser(disks []*device) (Pauser, string, error) {
 	case "qmp":
 		return &qmpPauser{socket: q.Target}, q.String(), nil
 	case "freeze":
-		return &freezePauser{dir: q.Target}, q.String(), nil
+		return &freezePauser{dir: q.Target, disks: paths(disks)}, q.String(), nil
 	case "pid":
 		pid, err := strconv.Atoi(q.Target)
 		if err != nil {

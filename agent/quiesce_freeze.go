@@ -5,6 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -21,17 +25,48 @@ const (
 // clean on disk while frozen (freeze_super in fs/super.c).
 type freezePauser struct {
 	dir    string
+	disks  []string // paths
 	f      *os.File
-	frozen bool
+	alone  bool // nothing else of the disks is mounted
+	frozen atomic.Bool
 }
 
-func (z *freezePauser) Method() string                 { return "freeze" }
-func (z *freezePauser) Consistency() store.Consistency { return store.Filesystem }
-func (z *freezePauser) rescue() rescue                 { return rescue{Kind: "freeze", Target: z.dir} }
+func (z *freezePauser) Method() string { return "freeze" }
+
+// Consistency is filesystem only if all that is mounted of the disks is frozen.
+func (z *freezePauser) Consistency() store.Consistency {
+	if z.alone {
+		return store.Filesystem
+	}
+	return store.Crash
+}
+
+// Running is true: whether a file system is frozen can't be asked. One that is fails
+// to be frozen again.
+func (z *freezePauser) Running(context.Context) (bool, error) { return true, nil }
+func (z *freezePauser) rescue() rescue                        { return rescue{Kind: "freeze", Target: z.dir} }
 
 func (z *freezePauser) Prepare(context.Context) error {
-	var err error
-	if z.f, err = os.Open(z.dir); err != nil {
+	dir, err := filepath.Abs(z.dir)
+	if err != nil {
+		return fmt.Errorf("freeze: %w", err)
+	}
+	if dir, err = filepath.EvalSymlinks(dir); err != nil {
+		return fmt.Errorf("freeze: %w", err)
+	}
+	var mounts []string
+	for _, d := range z.disks {
+		m, err := mountsOf(d)
+		if err != nil {
+			return err
+		}
+		mounts = append(mounts, m...)
+	}
+	if !slices.Contains(mounts, dir) {
+		return fmt.Errorf("freeze %s: %w: nothing of %s is mounted there", z.dir, ErrQuiesceSyntax, strings.Join(z.disks, ", "))
+	}
+	z.alone = len(z.disks) == 1 && len(mounts) == 1
+	if z.f, err = os.Open(dir); err != nil {
 		return fmt.Errorf("freeze: %w", err)
 	}
 	return nil
@@ -48,18 +83,17 @@ func (z *freezePauser) Pause(context.Context) error {
 	if err := unix.IoctlSetInt(int(z.f.Fd()), fiFreeze, 0); err != nil {
 		return fmt.Errorf("freeze %s: %w", z.dir, err)
 	}
-	z.frozen = true
+	z.frozen.Store(true)
 	return nil
 }
 
 func (z *freezePauser) Resume(context.Context) error {
-	if !z.frozen {
+	if !z.frozen.Swap(false) {
 		return nil
 	}
 	if err := unix.IoctlSetInt(int(z.f.Fd()), fiThaw, 0); err != nil {
 		return fmt.Errorf("thaw %s: %w", z.dir, err)
 	}
-	z.frozen = false
 	return nil
 }
 

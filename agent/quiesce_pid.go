@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -15,22 +16,43 @@ import (
 	"github.com/tidemark/tidemark/store"
 )
 
+// process is a process that can't be mistaken for another one that gets its
+// number later.
+type process struct {
+	pid int
+	fd  int // pidfd
+}
+
+func openProcess(pid int) (*process, error) {
+	if pid <= 1 {
+		return nil, fmt.Errorf("process %d can't be paused", pid)
+	}
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return nil, fmt.Errorf("process %d: %w", pid, err)
+	}
+	return &process{pid, fd}, nil
+}
+
+func (p *process) signal(s unix.Signal) error { return unix.PidfdSendSignal(p.fd, s, nil, 0) }
+
 // pidPauser stops a process that writes to the disk, whatever it is.
 type pidPauser struct {
 	pid     int
-	stopped bool
+	process *process
+	stopped atomic.Bool
 }
 
 func (p *pidPauser) Method() string                 { return "pid" }
 func (p *pidPauser) Consistency() store.Consistency { return store.Crash }
 func (p *pidPauser) rescue() rescue                 { return rescue{Kind: "pid", Target: strconv.Itoa(p.pid)} }
 
-func (p *pidPauser) Prepare(context.Context) error {
-	if err := unix.Kill(p.pid, 0); err != nil {
-		return fmt.Errorf("process %d: %w", p.pid, err)
-	}
-	return nil
+func (p *pidPauser) Prepare(context.Context) (err error) {
+	p.process, err = openProcess(p.pid)
+	return err
 }
+
+func (p *pidPauser) Running(context.Context) (bool, error) { return state(p.pid) != 'T', nil }
 
 func (p *pidPauser) Flush(context.Context) error { return nil }
 
@@ -38,9 +60,9 @@ func (p *pidPauser) Pause(ctx context.Context) error {
 	if state(p.pid) == 'T' {
 		return nil // stopped by somebody else
 	}
-	p.stopped = true
-	if err := unix.Kill(p.pid, unix.SIGSTOP); err != nil {
-		p.stopped = false
+	p.stopped.Store(true)
+	if err := p.process.signal(unix.SIGSTOP); err != nil {
+		p.stopped.Store(false)
 		return fmt.Errorf("stop process %d: %w", p.pid, err)
 	}
 	for !allStopped(p.pid) {
@@ -52,17 +74,21 @@ func (p *pidPauser) Pause(ctx context.Context) error {
 }
 
 func (p *pidPauser) Resume(context.Context) error {
-	if !p.stopped {
+	if !p.stopped.Swap(false) {
 		return nil
 	}
-	p.stopped = false
-	if err := unix.Kill(p.pid, unix.SIGCONT); err != nil && !errors.Is(err, unix.ESRCH) {
+	if err := p.process.signal(unix.SIGCONT); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("continue process %d: %w", p.pid, err)
 	}
 	return nil
 }
 
-func (p *pidPauser) Close() error { return p.Resume(context.Background()) }
+func (p *pidPauser) Close() error {
+	if p.process == nil {
+		return nil
+	}
+	return errors.Join(p.Resume(context.Background()), unix.Close(p.process.fd))
+}
 
 // state is the process state letter of proc(5).
 func state(pid int) byte { return stateOf(fmt.Sprintf("/proc/%d/stat", pid)) }

@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/tidemark/tidemark/internal/qmp"
 	"github.com/tidemark/tidemark/store"
@@ -16,7 +19,7 @@ import (
 type qmpPauser struct {
 	socket string
 	client *qmp.Client
-	paused bool
+	paused atomic.Bool
 }
 
 func (q *qmpPauser) Method() string                 { return "qmp" }
@@ -35,15 +38,20 @@ func (q *qmpPauser) Prepare(ctx context.Context) error {
 // Flush does nothing: what QEMU caches is the host's page cache, which is synced anyway.
 func (q *qmpPauser) Flush(context.Context) error { return nil }
 
-func (q *qmpPauser) Pause(ctx context.Context) error {
+func (q *qmpPauser) Running(ctx context.Context) (bool, error) {
 	status, err := q.client.Status(ctx)
 	if err != nil {
-		return fmt.Errorf("ask for the guest's status: %w", err)
+		return false, fmt.Errorf("ask for the guest's status: %w", err)
 	}
-	if status != qmp.StatusRunning {
-		return nil // stands already, and is not ours to resume
+	return status == qmp.StatusRunning, nil
+}
+
+func (q *qmpPauser) Pause(ctx context.Context) error {
+	running, err := q.Running(ctx)
+	if err != nil || !running {
+		return err // one that stands already is not ours to resume
 	}
-	q.paused = true // also if stop fails half way
+	q.paused.Store(true) // also if stop fails half way
 	if err := q.client.Stop(ctx); err != nil {
 		return fmt.Errorf("pause the guest: %w", err)
 	}
@@ -51,13 +59,13 @@ func (q *qmpPauser) Pause(ctx context.Context) error {
 }
 
 func (q *qmpPauser) Resume(ctx context.Context) error {
-	if !q.paused {
+	if !q.paused.Load() {
 		return nil
 	}
 	if err := q.client.Cont(ctx); err != nil {
 		return fmt.Errorf("resume the guest: %w", err)
 	}
-	q.paused = false
+	q.paused.Store(false)
 	return nil
 }
 
@@ -70,8 +78,9 @@ func (q *qmpPauser) Close() error {
 	return errors.Join(q.Resume(ctx), q.client.Close())
 }
 
-// rescueQMP resumes the guest if it is paused. It tries until ctx ends: the
-// monitor is busy for as long as the dead process' connection is not seen closed.
+// rescueQMP resumes the guest if it is paused. It tries for as long as QEMU is there: the
+// monitor is busy until the dead process' connection is closed, which takes as long
+// as the last input or output of that process hangs.
 func rescueQMP(ctx context.Context, socket string) error {
 	for {
 		err := func() error {
@@ -88,6 +97,9 @@ func rescueQMP(ctx context.Context, socket string) error {
 		}()
 		if err == nil {
 			return nil
+		}
+		if errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("QEMU is gone: %w", err)
 		}
 		select {
 		case <-ctx.Done():

@@ -4,8 +4,10 @@ import (
 	"bufio"
 	"bytes"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -39,8 +41,9 @@ func choose(disks []*device) (Pauser, string, error) {
 		mounts = append(mounts, ms...)
 	}
 	var names []string
-	for _, u := range users {
-		if s := qmpSocket(u.args); s != "" {
+	for _, pid := range slices.Sorted(maps.Keys(users)) {
+		u := users[pid]
+		if s := u.path(qmpSocket(u.args)); s != "" {
 			return &qmpPauser{socket: s}, fmt.Sprintf("qmp=%s (%s, pid %d, has the disk open)", s, u.comm, u.pid), nil
 		}
 		names = append(names, fmt.Sprintf("%s (pid %d)", u.comm, u.pid))
@@ -49,11 +52,31 @@ func choose(disks []*device) (Pauser, string, error) {
 	case len(users) > 0:
 		return nil, "none: no way is known to pause " + strings.Join(names, ", "), nil
 	case len(mounts) == 1 && len(disks) == 1:
-		return &freezePauser{dir: mounts[0]}, fmt.Sprintf("freeze=%s (mounted there on this host)", mounts[0]), nil
+		return &freezePauser{dir: mounts[0], disks: paths(disks)}, fmt.Sprintf("freeze=%s (mounted there on this host)", mounts[0]), nil
 	case len(mounts) > 0:
 		return nil, "none: mounted on this host at " + strings.Join(mounts, ", "), nil
 	}
 	return nil, "none: nobody has the disk open", nil
+}
+
+// path is where this process finds what u calls name: u may have another working
+// directory or root.
+func (u user) path(name string) string {
+	if name == "" {
+		return ""
+	}
+	proc := fmt.Sprintf("/proc/%d", u.pid)
+	if !filepath.IsAbs(name) {
+		cwd, err := os.Readlink(proc + "/cwd")
+		if err != nil {
+			return ""
+		}
+		name = filepath.Join(cwd, name)
+	}
+	if root, err := os.Readlink(proc + "/root"); err == nil && root != "/" {
+		return filepath.Join(proc, "root", name)
+	}
+	return name
 }
 
 // usersOf finds the processes, but this one, that have the device open for writing.

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -20,7 +21,23 @@ import (
 const WatchdogCommand = "__watchdog"
 
 // rescue says how to resume a guest from outside.
-type rescue struct{ Kind, Target string }
+type rescue struct {
+	Kind, Target string
+	process      *process // of kind pid, see open
+}
+
+// open takes hold of what may be gone, or be another, by the time it is needed.
+func (r *rescue) open() error {
+	if r.Kind != "pid" {
+		return nil
+	}
+	pid, err := strconv.Atoi(r.Target)
+	if err != nil {
+		return err
+	}
+	r.process, err = openProcess(pid)
+	return err
+}
 
 func (r rescue) run(ctx context.Context) error {
 	switch r.Kind {
@@ -29,11 +46,7 @@ func (r rescue) run(ctx context.Context) error {
 	case "freeze":
 		return rescueFreeze(r.Target)
 	case "pid":
-		pid, err := strconv.Atoi(r.Target)
-		if err != nil || pid <= 1 {
-			return fmt.Errorf("pid %q", r.Target)
-		}
-		return unix.Kill(pid, unix.SIGCONT)
+		return r.process.signal(unix.SIGCONT)
 	}
 	return fmt.Errorf("no way known to resume %q", r.Kind)
 }
@@ -42,6 +55,7 @@ func (r rescue) run(ctx context.Context) error {
 // dies, or hangs past the deadline, between arm and disarm.
 type watchdog struct {
 	cmd *exec.Cmd
+	mu  sync.Mutex // one question at a time
 	in  io.WriteCloser
 	out *bufio.Reader
 }
@@ -89,6 +103,8 @@ func (w *watchdog) hear(want string) error {
 
 // arm returns when the watchdog stands ready to resume the guest after limit.
 func (w *watchdog) arm(limit time.Duration) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	if _, err := fmt.Fprintf(w.in, "arm %d\n", limit.Milliseconds()); err != nil {
 		return fmt.Errorf("arm the watchdog: %w", err)
 	}
@@ -96,6 +112,8 @@ func (w *watchdog) arm(limit time.Duration) error {
 }
 
 func (w *watchdog) disarm() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	if _, err := fmt.Fprintln(w.in, "disarm"); err != nil {
 		return fmt.Errorf("disarm the watchdog: %w", err)
 	}
@@ -113,7 +131,10 @@ func RunWatchdog(args []string, in io.Reader, out io.Writer) error {
 	if len(args) != 2 {
 		return errors.New("the watchdog is started by tidemark itself")
 	}
-	r := rescue{args[0], args[1]}
+	r := rescue{Kind: args[0], Target: args[1]}
+	if err := r.open(); err != nil {
+		return err
+	}
 	parent := os.Getppid()
 	lines := make(chan string)
 	go func() {
@@ -134,7 +155,7 @@ func RunWatchdog(args []string, in io.Reader, out io.Writer) error {
 			var ms int64
 			switch n, _ := fmt.Sscanf(line, "arm %d", &ms); {
 			case !ok && deadline != nil:
-				return resumeNow(r)
+				return r.run(context.Background())
 			case !ok:
 				return nil
 			case n == 1:
@@ -150,13 +171,7 @@ func RunWatchdog(args []string, in io.Reader, out io.Writer) error {
 			if os.Getppid() == parent {
 				_ = unix.Kill(parent, unix.SIGKILL)
 			}
-			return resumeNow(r)
+			return r.run(context.Background())
 		}
 	}
-}
-
-func resumeNow(r rescue) error {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
-	return r.run(ctx)
 }

@@ -50,8 +50,7 @@ The configuration is YAML:
 			if err != nil {
 				return err
 			}
-			defer func() { err = errors.Join(err, src.Close()) }()
-			if err := src.attach(); err != nil {
+			if err := src.check(); err != nil {
 				return err
 			}
 			var out io.Writer = os.Stderr

@@ -65,7 +65,6 @@ nothing was written meanwhile. --quiesce says how to pause:
 			if err != nil {
 				return err
 			}
-			defer func() { err = errors.Join(err, src.Close()) }()
 			p := g.progress()
 			job := agent.Job{
 				VM: a[0], Disks: o.disks, Repo: repo, Quiesce: q, Source: src.open, PauseBudget: o.budget,

@@ -37,7 +37,7 @@ New points appear by themselves. Works in the foreground until interrupted or un
   fusermount3 -u /mnt/points`,
 		Args: args(1, 1),
 		RunE: func(c *cobra.Command, a []string) (err error) {
-			if daemon {
+			if daemon && os.Getenv(mountedEnv) == "" {
 				return mountInBackground(c.Context())
 			}
 			cat, repo, err := g.catalog(c.Context())
@@ -91,8 +91,8 @@ func serveMount(ctx context.Context, srv *fusefs.Server) error {
 	}
 }
 
-// mountInBackground runs the same command without --daemon in a session of its
-// own, and returns when it has mounted.
+// mountInBackground runs the same command in a session of its own, which
+// mountedEnv tells to stay in the foreground, and returns when it has mounted.
 func mountInBackground(ctx context.Context) error {
 	self, err := os.Executable()
 	if err != nil {
@@ -103,18 +103,12 @@ func mountInBackground(ctx context.Context) error {
 		return err
 	}
 	defer func() { _ = r.Close() }()
-	var argv []string
-	for _, a := range os.Args[1:] {
-		if a != "--daemon" && a != "--daemon=true" {
-			argv = append(argv, a)
-		}
-	}
 	errFile, err := os.CreateTemp("", "tidemark-mount-")
 	if err != nil {
 		return err
 	}
 	defer func() { _ = errFile.Close(); _ = os.Remove(errFile.Name()) }()
-	child := exec.CommandContext(context.WithoutCancel(ctx), self, argv...)
+	child := exec.CommandContext(context.WithoutCancel(ctx), self, os.Args[1:]...)
 	child.Env = append(os.Environ(), mountedEnv+"=3")
 	child.ExtraFiles = []*os.File{w}
 	child.Stderr = errFile

@@ -33,7 +33,7 @@ a time. Every byte is checked against its hash on the way.`,
 				return err
 			}
 			defer func() { err = errors.Join(err, repo.Close()) }()
-			p, err := cat.Find(ctx, a[0])
+			p, err := findBootable(ctx, cat, a[0])
 			if err != nil {
 				return err
 			}

@@ -15,17 +15,24 @@ import (
 	"github.com/tidemark/tidemark/cbt"
 )
 
-// sources opens changed-block sources with one tracker, which is opened when
-// the first block device asks for it.
+// sources opens changed-block sources.
 type sources struct {
-	pins    string
-	shift   uint
+	pins  string
+	shift uint
+}
+
+// tracked is a source that owns the tracker it was opened with: another process may
+// have replaced it by the time the next source is opened.
+type tracked struct {
+	*cbt.Tracked
 	tracker *bpf.Tracker
 }
 
-func (g *globals) sources(granule string) (*sources, error) {
+func (t tracked) Close() error { return errors.Join(t.Tracked.Close(), t.tracker.Close()) }
+
+func (g *globals) sources(granule string) (sources, error) {
 	shift, err := granuleShift(granule)
-	return &sources{pins: g.pins, shift: shift}, err
+	return sources{pins: g.pins, shift: shift}, err
 }
 
 func granuleShift(s string) (uint, error) {
@@ -36,7 +43,16 @@ func granuleShift(s string) (uint, error) {
 	return uint(bits.TrailingZeros64(n)), nil
 }
 
-func (s *sources) open(_ context.Context, path string) (cbt.Source, error) {
+// open is what package agent calls.
+func (s sources) open(_ context.Context, path string) (cbt.Source, error) {
+	t, err := s.track(path)
+	if err != nil {
+		return nil, err // not t: an interface that holds a nil would not be nil
+	}
+	return t, nil
+}
+
+func (s sources) track(path string) (*tracked, error) {
 	st, err := os.Stat(path)
 	if err != nil {
 		return nil, err
@@ -48,26 +64,24 @@ func (s *sources) open(_ context.Context, path string) (cbt.Source, error) {
 	if _, err := bpf.Lookup(path); err != nil {
 		return nil, err
 	}
-	if err := s.attach(); err != nil {
+	tracker, err := bpf.Open(bpf.Options{Dir: s.pins})
+	if err != nil {
 		return nil, err
 	}
-	return cbt.OpenTracked(s.tracker, path, s.shift)
+	t, err := cbt.OpenTracked(tracker, path, s.shift)
+	if err != nil {
+		return nil, errors.Join(err, tracker.Close())
+	}
+	return &tracked{t, tracker}, nil
 }
 
-func (s *sources) attach() error {
-	if s.tracker != nil {
-		return nil
+// check finds out whether writes can be tracked here at all.
+func (s sources) check() error {
+	tracker, err := bpf.Open(bpf.Options{Dir: s.pins})
+	if err != nil {
+		return err
 	}
-	var err error
-	s.tracker, err = bpf.Open(bpf.Options{Dir: s.pins})
-	return err
-}
-
-func (s *sources) Close() error {
-	if s.tracker == nil {
-		return nil
-	}
-	return s.tracker.Close()
+	return tracker.Close()
 }
 
 func newTrack(g *globals) *cobra.Command {
@@ -80,18 +94,16 @@ untrack or reboot, whether or not a tidemark process runs, and whether or not a 
 uses the device.`,
 		Example: "  tidemark track /dev/loop0\n  tidemark track /dev/vg0/web1 /dev/vg0/web1-data --granule 16KiB",
 		Args:    args(1, -1),
-		RunE: func(c *cobra.Command, devs []string) (err error) {
+		RunE: func(c *cobra.Command, devs []string) error {
 			s, err := g.sources(granule)
 			if err != nil {
 				return err
 			}
-			defer func() { err = errors.Join(err, s.Close()) }()
 			for _, dev := range devs {
-				src, err := s.open(c.Context(), dev)
+				t, err := s.track(dev)
 				if err != nil {
 					return err
 				}
-				t := src.(*cbt.Tracked)
 				if !g.quiet {
 					what := "was tracked already"
 					if len(t.Began()) > 0 {
@@ -135,12 +147,8 @@ func newUntrack(g *globals) *cobra.Command {
 				if err != nil {
 					return err
 				}
-				r, err := tr.Acquire(dev)
-				if err != nil {
+				if err := tr.Forget(dev); err != nil {
 					return err
-				}
-				if err := r.Unregister(); err != nil {
-					return fmt.Errorf("untrack %s: %w", path, err)
 				}
 				if !g.quiet {
 					_, _ = fmt.Fprintf(c.OutOrStdout(), "%s is not tracked any more\n", path)
