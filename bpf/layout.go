@@ -70,57 +70,39 @@ const (
 	LossPassthrough                  // a passthrough command on a queue shared by several devices
 )
 
-var taintText = []struct {
-	bit  Taint
-	text string
-}{
-	{TaintRange, "a write beyond the size the device had"},
-	{TaintBitmap, "a bit of the bitmap could not be set"},
-	{TaintInflight, "the table of writes in flight was full"},
-	{TaintPassthrough, "a passthrough command bypassed the block layer's bios"},
-	{TaintOpcode, "an operation whose range is not known (zone append or reset)"},
-	{TaintDiscards, "a request with too many discards"},
+var taintText = map[Taint]string{
+	TaintRange:       "a write beyond the size the device had",
+	TaintBitmap:      "a bit of the bitmap could not be set",
+	TaintInflight:    "the table of writes in flight was full",
+	TaintPassthrough: "a passthrough command bypassed the block layer's bios",
+	TaintOpcode:      "an operation whose range is not known (zone append or reset)",
+	TaintDiscards:    "a request with too many discards",
 }
 
-var lossText = []struct {
-	bit  Loss
-	text string
-}{
-	{LossMissed, "the kernel dropped tracing events (recursion misses in every copy of a program)"},
-	{LossDetached, "a tracking program was detached"},
-	{LossHost, "an event found no epoch"},
-	{LossReplaced, "another device has taken the same number (diskseq changed)"},
-	{LossResized, "the device was resized"},
-	{LossUndrained, "writes in flight when tracking began could not be waited for"},
-	{LossPassthrough, "a passthrough command on a controller's queue may have written to any of its devices"},
+var lossText = map[Loss]string{
+	LossMissed:      "the kernel dropped tracing events (recursion misses in every copy of a program)",
+	LossDetached:    "a tracking program was detached",
+	LossHost:        "an event found no epoch",
+	LossReplaced:    "another device has taken the same number (diskseq changed)",
+	LossResized:     "the device was resized",
+	LossUndrained:   "writes in flight when tracking began could not be waited for",
+	LossPassthrough: "a passthrough command on a controller's queue may have written to any of its devices",
 }
 
 // Reasons says each bit in words, for a person.
-func (t Taint) Reasons() []string {
-	var out []string
-	for _, e := range taintText {
-		if t&e.bit != 0 {
-			out = append(out, e.text)
-			t &^= e.bit
-		}
-	}
-	if t != 0 {
-		out = append(out, "an unknown taint")
-	}
-	return out
-}
+func (t Taint) Reasons() []string { return reasons(t, taintText, "an unknown taint") }
 
 // Reasons says each bit in words, for a person.
-func (l Loss) Reasons() []string {
+func (l Loss) Reasons() []string { return reasons(l, lossText, "an unknown loss") }
+
+func reasons[T ~uint64](v T, text map[T]string, unknown string) []string {
 	var out []string
-	for _, e := range lossText {
-		if l&e.bit != 0 {
-			out = append(out, e.text)
-			l &^= e.bit
+	for ; v != 0; v &= v - 1 {
+		why, ok := text[v&-v]
+		if !ok {
+			why = unknown
 		}
-	}
-	if l != 0 {
-		out = append(out, "an unknown loss")
+		out = append(out, why)
 	}
 	return out
 }

@@ -170,6 +170,21 @@ static __always_inline __u32 disk_key(struct gendisk *disk)
 	return (__u32)disk->major << 20 | (__u32)disk->first_minor;
 }
 
+// The device of a key and its current epoch, or NULL if it is not tracked.
+static __always_inline struct device *tracked(__u32 key, void **epoch)
+{
+	struct device *d = bpf_map_lookup_elem(&devices, &key);
+
+	if (!d)
+		return NULL;
+	*epoch = bpf_map_lookup_elem(&epochs, &d->slot);
+	if (!*epoch) {
+		host_add(HOST_NO_EPOCH);
+		return NULL;
+	}
+	return d;
+}
+
 static __always_inline struct counters *count(struct device *d, __u32 copy)
 {
 	__u32 i = d->slot * COPIES + copy;
@@ -205,14 +220,9 @@ static __always_inline int on_queue(struct bio *bio, __u32 copy)
 		return 0;
 	disk = bio->bi_bdev->bd_disk;
 	key = disk_key(disk);
-	d = bpf_map_lookup_elem(&devices, &key);
+	d = tracked(key, &epoch);
 	if (!d)
 		return 0;
-	epoch = bpf_map_lookup_elem(&epochs, &d->slot);
-	if (!epoch) {
-		host_add(HOST_NO_EPOCH);
-		return 0;
-	}
 	if (op_opaque(op)) {
 		taint(epoch, TAINT_OPCODE);
 		return 0;
@@ -272,14 +282,9 @@ static __always_inline int on_rq_complete(struct request *rq, __u32 bytes, __u32
 		return 0;
 	}
 	key = disk_key(disk);
-	d = bpf_map_lookup_elem(&devices, &key);
+	d = tracked(key, &epoch);
 	if (!d)
 		return 0;
-	epoch = bpf_map_lookup_elem(&epochs, &d->slot);
-	if (!epoch) {
-		host_add(HOST_NO_EPOCH);
-		return 0;
-	}
 	if (op_opaque(op)) {
 		taint(epoch, op == REQ_OP_DRV_OUT ? TAINT_PASSTHROUGH : TAINT_OPCODE);
 		return 0;
@@ -312,22 +317,18 @@ static __always_inline int on_bio_complete(struct bio *bio, __u32 copy)
 
 	if (!op_writes(op))
 		return 0;
+	// A part that was split off has no entry, only its own range.
+	key = disk_key(bio->bi_bdev->bd_disk);
+	saved.sector = bio->bi_iter.bi_sector;
+	saved.bytes = bio->bi_iter.bi_size;
 	r = bpf_map_lookup_elem(&inflight, &ptr);
 	if (r) {
 		saved = *r;
 		key = saved.dev;
-	} else {
-		// A part that was split off: it has no entry, only its own range.
-		key = disk_key(bio->bi_bdev->bd_disk);
-		saved.sector = bio->bi_iter.bi_sector;
-		saved.bytes = bio->bi_iter.bi_size;
 	}
-	d = bpf_map_lookup_elem(&devices, &key);
+	d = tracked(key, &epoch);
 	if (d) {
-		epoch = bpf_map_lookup_elem(&epochs, &d->slot);
-		if (!epoch) {
-			host_add(HOST_NO_EPOCH);
-		} else if (op_opaque(op)) {
+		if (op_opaque(op)) {
 			taint(epoch, TAINT_OPCODE);
 		} else {
 			mark(epoch, d, saved.sector, saved.bytes);
@@ -367,14 +368,9 @@ static __always_inline int on_rq_issue(struct request *rq, __u32 copy)
 		return 0;
 	}
 	key = disk_key(disk);
-	d = bpf_map_lookup_elem(&devices, &key);
+	d = tracked(key, &epoch);
 	if (!d)
 		return 0;
-	epoch = bpf_map_lookup_elem(&epochs, &d->slot);
-	if (!epoch) {
-		host_add(HOST_NO_EPOCH);
-		return 0;
-	}
 	taint(epoch, TAINT_PASSTHROUGH);
 	c = count(d, copy);
 	if (c)

@@ -32,17 +32,18 @@ func OpenTracked(tracker *bpf.Tracker, path string, shift uint) (*Tracked, error
 	}
 	s := &Tracked{tracker: tracker}
 	s.reg, err = tracker.Acquire(dev)
-	if err == nil {
+	switch {
+	case err == nil:
 		loss := s.reg.Changed()
 		if loss == 0 {
 			return s, nil
 		}
 		s.began = loss.Reasons()
 		err = s.reg.Unregister()
-	} else if errors.Is(err, bpf.ErrDamaged) {
+	case errors.Is(err, bpf.ErrDamaged):
 		s.began = []string{err.Error()}
 		err = tracker.Forget(dev)
-	} else if errors.Is(err, bpf.ErrNotRegistered) {
+	case errors.Is(err, bpf.ErrNotRegistered):
 		s.began = []string{"tracking of this device had not begun"}
 		if why := tracker.Fresh(); why != "" {
 			s.began = append(s.began, why)
