@@ -141,25 +141,6 @@ func readUint(path string) (uint64, error) {
 	return strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64)
 }
 
-// accounts tells whether inflightWrites can be believed.
-func (d Device) accounts() bool {
-	on, err := readUint("/sys/dev/block/" + d.Number() + "/queue/iostats")
-	return err == nil && on == 1
-}
-
-// inflightWrites is the number of writes the device has not completed yet.
-func (d Device) inflightWrites() (uint64, error) {
-	b, err := os.ReadFile("/sys/dev/block/" + d.Number() + "/inflight")
-	if err != nil {
-		return 0, err
-	}
-	f := strings.Fields(string(b))
-	if len(f) != 2 {
-		return 0, fmt.Errorf("%s: inflight: %q", d.Name, b)
-	}
-	return strconv.ParseUint(f[1], 10, 64)
-}
-
 // bootID tells one boot of this host from another.
 func bootID() ([16]byte, error) {
 	var id [16]byte

@@ -58,6 +58,7 @@ struct bio {
 	struct block_device *bi_bdev;
 	unsigned int bi_opf;
 	struct bvec_iter bi_iter;
+	void (*bi_end_io)(struct bio *);
 };
 
 struct request_queue {

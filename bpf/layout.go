@@ -54,6 +54,7 @@ const (
 	TaintPassthrough
 	TaintOpcode
 	TaintDiscards
+	TaintUnseen
 )
 
 // Loss says why an epoch's bitmap may lack a write: found when it was closed.
@@ -66,7 +67,6 @@ const (
 	LossHost                         // a loss that could not be blamed on a device
 	LossReplaced                     // another diskseq under the same number
 	LossResized                      // the device's size changed
-	LossUndrained                    // writes in flight when tracking began may not have been seen
 	LossPassthrough                  // a passthrough command on a queue shared by several devices
 )
 
@@ -77,6 +77,7 @@ var taintText = map[Taint]string{
 	TaintPassthrough: "a passthrough command bypassed the block layer's bios",
 	TaintOpcode:      "an operation whose range is not known (zone append or reset)",
 	TaintDiscards:    "a request with too many discards",
+	TaintUnseen:      "a write completed that began before tracking did, or was passed on by another device",
 }
 
 var lossText = map[Loss]string{
@@ -85,7 +86,6 @@ var lossText = map[Loss]string{
 	LossHost:        "an event found no epoch",
 	LossReplaced:    "another device has taken the same number (diskseq changed)",
 	LossResized:     "the device was resized",
-	LossUndrained:   "writes in flight when tracking began could not be waited for",
 	LossPassthrough: "a passthrough command on a controller's queue may have written to any of its devices",
 }
 

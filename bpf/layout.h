@@ -22,6 +22,7 @@
 #define TAINT_PASSTHROUGH (1 << 3) // a command that is not a bio
 #define TAINT_OPCODE (1 << 4)	   // an operation of unknown range (zone reset, append)
 #define TAINT_DISCARDS (1 << 5)	   // a request with too many discards
+#define TAINT_UNSEEN (1 << 6)	   // a bio completed whose submission was not seen
 
 // Words of the host map.
 #define HOST_WORDS 8

@@ -40,6 +40,9 @@ func Probe() []Check {
 // probeLoad lets the kernel's verifier look at the programs. They are not attached.
 func probeLoad() Check {
 	c := Check{Name: "BPF programs", Note: "the verifier accepts them"}
+	if addr, err := kernelSymbol("bio_chain_endio"); err != nil || addr == 0 {
+		c.Note += "; /proc/kallsyms hides bio_chain_endio (kernel.kptr_restrict): device-mapper and md disks whose writes are split will be compared each time"
+	}
 	spec, err := loadTracker()
 	if err == nil {
 		var coll *ebpf.Collection

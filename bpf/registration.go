@@ -63,8 +63,9 @@ func (e *Epoch) changed(now Device) Loss {
 	return l
 }
 
-// Register starts tracking dev with granules of 1<<shift bytes, and returns when every
-// write that completes from now on will be marked. It returns a held registration.
+// Register starts tracking dev with granules of 1<<shift bytes, and returns a held
+// registration. Writes in flight need not be waited for: they are marked when they
+// complete, or, where a bio no longer tells where it wrote, taint the epoch.
 func (t *Tracker) Register(dev Device, shift uint) (*Registration, error) {
 	if shift < MinGranuleShift || shift > MaxGranuleShift {
 		return nil, fmt.Errorf("granule of 2^%d bytes: must be 4 KiB to 1 MiB", shift)
@@ -112,41 +113,14 @@ func (t *Tracker) Register(dev Device, shift uint) (*Registration, error) {
 		return nil, fmt.Errorf("install the first epoch: %w", err)
 	}
 	d = trackerDevice{Slot: slot, GranuleShift: uint32(shift), Granules: r.current.Granules()}
-	if dev.BioBased {
-		// A bio that was submitted before has no entry in the in-flight table. Said
-		// first and taken back, so that a process killed in between leaves it said.
-		r.current.mem.words[hdrLoss] = uint64(LossUndrained)
-	}
 	if err := t.maps.Devices.Put(dev.key(), d); err != nil {
 		_ = r.Close()
 		return nil, fmt.Errorf("register %s: %w", dev.Path, err)
-	}
-	if dev.BioBased && drained(dev, 2*time.Second) {
-		r.current.mem.words[hdrLoss] = 0
 	}
 	t.mu.Lock()
 	t.open[r] = struct{}{}
 	t.mu.Unlock()
 	return r, nil
-}
-
-// drained waits until the device was seen with no write in flight.
-func drained(dev Device, limit time.Duration) bool {
-	if !dev.accounts() {
-		return false
-	}
-	for end := time.Now().Add(limit); ; time.Sleep(time.Millisecond) {
-		n, err := dev.inflightWrites()
-		if err != nil {
-			return false
-		}
-		if n == 0 {
-			return true
-		}
-		if time.Now().After(end) {
-			return false
-		}
-	}
 }
 
 func (t *Tracker) freeSlot() (uint32, error) {
@@ -364,10 +338,6 @@ func (r *Registration) Swap() (*Epoch, error) {
 	next, err := r.begin(shape{n: c.Last() + 1, granules: c.Granules(), shift: c.GranuleShift(), size: c.Size(), diskSeq: c.DiskSeq(), tracked: c.hdr(hdrTracked)})
 	if err != nil {
 		return nil, err
-	}
-	if c.Loss()&LossUndrained != 0 && !drained(r.dev, 100*time.Millisecond) {
-		// Those writes may still land, in the next epoch, without a mark.
-		next.mem.words[hdrLoss] |= uint64(LossUndrained)
 	}
 	if err := r.t.maps.Epochs.Put(r.slot, next.m); err != nil {
 		_ = os.Remove(next.pin)

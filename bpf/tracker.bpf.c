@@ -238,7 +238,9 @@ static __always_inline int on_queue(struct bio *bio, __u32 copy)
 		if (op_discards(op))
 			c->discards++;
 	}
-	if (bytes && disk->fops->submit_bio) {
+	// Also where it carries no data, such as a flush: that it has an entry tells at
+	// its completion that it was seen.
+	if (disk->fops->submit_bio) {
 		struct range r = {.sector = sector, .bytes = bytes, .dev = key};
 		__u64 ptr = (__u64)bio;
 
@@ -306,6 +308,10 @@ static __always_inline int on_rq_complete(struct request *rq, __u32 bytes, __u32
 	return 0;
 }
 
+// Address of bio_chain_endio (block/bio.c), which ends the parts that were split off a
+// bio; 0 if userspace could not find it.
+const volatile __u64 chain_endio = 0;
+
 static __always_inline int on_bio_complete(struct bio *bio, __u32 copy)
 {
 	struct device *d;
@@ -313,10 +319,11 @@ static __always_inline int on_bio_complete(struct bio *bio, __u32 copy)
 	struct counters *c;
 	void *epoch;
 	__u32 op = bio->bi_opf & REQ_OP_MASK, key;
-	__u64 ptr = (__u64)bio;
+	__u64 ptr = (__u64)bio, end_io;
 
 	if (!op_writes(op))
 		return 0;
+	end_io = (__u64)bio->bi_end_io;
 	// A part that was split off has no entry, only its own range.
 	key = disk_key(bio->bi_bdev->bd_disk);
 	saved.sector = bio->bi_iter.bi_sector;
@@ -332,6 +339,11 @@ static __always_inline int on_bio_complete(struct bio *bio, __u32 copy)
 			taint(epoch, TAINT_OPCODE);
 		} else {
 			mark(epoch, d, saved.sector, saved.bytes);
+			// It was submitted before the device was tracked, or passed on by
+			// another: where it wrote is not known. A part is covered by
+			// its whole, which ends after it.
+			if (!r && end_io != chain_endio)
+				taint(epoch, TAINT_UNSEEN);
 		}
 		c = count(d, copy);
 		if (c && r) {

@@ -292,6 +292,13 @@ func (t *Tracker) attach() error {
 	if err != nil {
 		return fmt.Errorf("read the embedded object: %w", err)
 	}
+	addr, err := kernelSymbol("bio_chain_endio")
+	if err != nil {
+		return err
+	}
+	if err := spec.Variables["chain_endio"].Set(addr); err != nil {
+		return fmt.Errorf("set the address of bio_chain_endio: %w", err)
+	}
 	coll, err := ebpf.NewCollection(spec)
 	if err != nil {
 		return fmt.Errorf("load: %w", err)

@@ -58,6 +58,7 @@ const (
 	trackerProgRqIssue0     = "rq_issue_0"
 	trackerProgRqIssue1     = "rq_issue_1"
 	trackerProgRqIssue2     = "rq_issue_2"
+	trackerVarChainEndio    = "chain_endio"
 )
 
 // loadTracker returns the embedded CollectionSpec for tracker.
@@ -131,6 +132,7 @@ type trackerMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type trackerVariableSpecs struct {
+	ChainEndio *ebpf.VariableSpec `ebpf:"chain_endio"`
 }
 
 // trackerObjects contains all objects after they have been loaded into the kernel.
@@ -174,6 +176,7 @@ func (m *trackerMaps) Close() error {
 //
 // It can be passed to loadTrackerObjects or ebpf.CollectionSpec.LoadAndAssign.
 type trackerVariables struct {
+	ChainEndio *ebpf.Variable `ebpf:"chain_endio"`
 }
 
 // trackerPrograms contains all programs after they have been loaded into the kernel.

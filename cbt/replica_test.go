@@ -98,10 +98,6 @@ func zramDevice(t *testing.T, size int64) string {
 			continue
 		}
 		dir := filepath.Dir(f)
-		// Without it nobody can tell whether writes were in flight when tracking began.
-		if err := os.WriteFile(filepath.Join(dir, "queue/iostats"), []byte("1"), 0); err != nil {
-			t.Fatal(err)
-		}
 		t.Cleanup(func() {
 			if err := os.WriteFile(filepath.Join(dir, "reset"), []byte("1"), 0); err != nil {
 				t.Error(err)
