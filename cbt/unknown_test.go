@@ -5,7 +5,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/tidemark/tidemark/bpf"
 	"github.com/tidemark/tidemark/cbt"
@@ -213,5 +215,38 @@ func TestDeviceIsHeldByOneProcess(t *testing.T) {
 	defer func() { _ = tr.Close() }()
 	if _, err := cbt.OpenTracked(tr, dev, 16); err == nil || !strings.Contains(err.Error(), bpf.ErrBusy.Error()) {
 		t.Errorf("got %v, want %v", err, bpf.ErrBusy)
+	}
+}
+
+// A bio that was submitted before tracking began does not tell, when it completes,
+// where it wrote.
+func TestUnknownAfterWriteInFlightAtTheBeginning(t *testing.T) {
+	dev := delayDevice(t, small, time.Second)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		f, err := os.OpenFile(dev, os.O_RDWR|syscall.O_DIRECT, 0)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer func() { _ = f.Close() }()
+		if _, err := f.WriteAt(aligned(4096), 1<<20); err != nil {
+			t.Error(err)
+		}
+	}()
+	time.Sleep(300 * time.Millisecond)
+	s := open(t, bpf.Options{Dir: pinDir(t)}, dev)
+	id := changes(t, s, cbt.ChangeID{}).ID
+	select {
+	case <-done:
+		t.Skip("SKIP: the write was over too soon")
+	default:
+	}
+	<-done
+	d := changes(t, s, id)
+	wantUnknown(t, d, small, "began before tracking did")
+	if d = changes(t, s, d.ID); len(d.Unknown) > 0 {
+		t.Errorf("the next epoch is unknown too: %v", d.Unknown)
 	}
 }
