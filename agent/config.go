@@ -46,14 +46,25 @@ func LoadConfig(path string) (Config, error) {
 
 // ParseConfig reads YAML. Errors wrap ErrConfig.
 func ParseConfig(b []byte) (Config, error) {
-	var c Config
-	if err := yaml.UnmarshalWithOptions(b, &c, yaml.Strict()); err != nil {
+	c, err := decode(b)
+	if err != nil {
 		return Config{}, fmt.Errorf("%w: %s", ErrConfig, yaml.FormatError(err, false, true))
 	}
 	if err := c.check(); err != nil {
 		return Config{}, fmt.Errorf("%w: %w", ErrConfig, err)
 	}
 	return c, nil
+}
+
+// decode guards against the YAML library, which panics on some nodes with unknown tags.
+func decode(b []byte) (c Config, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("not understood: %v", p)
+		}
+	}()
+	err = yaml.UnmarshalWithOptions(b, &c, yaml.Strict())
+	return c, err
 }
 
 func (c Config) check() error {
