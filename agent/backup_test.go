@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -53,7 +54,7 @@ func newBench(t *testing.T) *bench {
 	b.dev = strings.TrimSpace(string(out))
 	t.Cleanup(func() { _ = exec.Command("losetup", "-d", b.dev).Run() })
 
-	b.pins = filepath.Join(filepath.Dir(bpf.DefaultDir), "tidemark-agent-"+strings.ReplaceAll(t.Name(), "/", "-"))
+	b.pins = filepath.Join(filepath.Dir(bpf.DefaultDir), fmt.Sprintf("tidemark-agent-%d-%s", os.Getpid(), strings.ReplaceAll(t.Name(), "/", "-")))
 	t.Cleanup(func() {
 		if err := bpf.Remove(b.pins); err != nil {
 			t.Error(err)

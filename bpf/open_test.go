@@ -2,6 +2,7 @@ package bpf
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -29,7 +30,7 @@ func openTest(t *testing.T, o Options) *Tracker {
 }
 
 func testDir(t *testing.T) string {
-	return filepath.Join(filepath.Dir(DefaultDir), strings.NewReplacer("/", "-", ".", "-").Replace("tidemark-test-"+t.Name()))
+	return filepath.Join(filepath.Dir(DefaultDir), fmt.Sprintf("tidemark-test-%d-%s", os.Getpid(), strings.NewReplacer("/", "-", ".", "-").Replace(t.Name())))
 }
 
 // A process that has nothing left but the pins finds everything as it was.

@@ -110,7 +110,7 @@ func zramDevice(t *testing.T, size int64) string {
 }
 
 func pinDir(t *testing.T) string {
-	dir := filepath.Join(filepath.Dir(bpf.DefaultDir), "tidemark-test-"+strings.NewReplacer("/", "-", ".", "-").Replace(t.Name()))
+	dir := filepath.Join(filepath.Dir(bpf.DefaultDir), fmt.Sprintf("tidemark-test-%d-%s", os.Getpid(), strings.NewReplacer("/", "-", ".", "-").Replace(t.Name())))
 	t.Cleanup(func() {
 		if err := bpf.Remove(dir); err != nil {
 			t.Error(err)

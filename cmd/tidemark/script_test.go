@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -32,7 +33,7 @@ func TestScripts(t *testing.T) {
 			return false, nil
 		},
 		Setup: func(e *testscript.Env) error {
-			e.Setenv("PINS", "/sys/fs/bpf/tidemark-script-"+filepath.Base(e.WorkDir))
+			e.Setenv("PINS", fmt.Sprintf("/sys/fs/bpf/tidemark-script-%d-%s", os.Getpid(), filepath.Base(e.WorkDir)))
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){"loop": loop, "write": write},

@@ -31,7 +31,7 @@ func newHost(t *testing.T, size int64) *host {
 	t.Helper()
 	testvm.RequireRoot(t)
 	testvm.RequireLoop(t)
-	h := &host{t: t, repo: filepath.Join(t.TempDir(), "repo"), pins: "/sys/fs/bpf/tidemark-e2e-" + t.Name()}
+	h := &host{t: t, repo: filepath.Join(t.TempDir(), "repo"), pins: fmt.Sprintf("/sys/fs/bpf/tidemark-e2e-%d-%s", os.Getpid(), t.Name())}
 	file := filepath.Join(t.TempDir(), "disk")
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
