@@ -249,13 +249,18 @@ static __always_inline int spread(const struct event *e, __u32 key)
 	return 1;
 }
 
+static __always_inline int sits_out(__u32 copy)
+{
+	return broken & BROKEN_BLIND || (copy && broken & BROKEN_ONE_COPY);
+}
+
 static __always_inline int on_queue(struct bio *bio, __u32 copy)
 {
 	struct event e = {.kind = SUBMIT, .op = bio->bi_opf & REQ_OP_MASK, .counts = copy == 0};
 	struct gendisk *disk;
 	__u32 key;
 
-	if (!op_writes(e.op) || (copy && broken & BROKEN_ONE_COPY))
+	if (!op_writes(e.op) || sits_out(copy))
 		return 0;
 	disk = bio->bi_bdev->bd_disk;
 	key = disk_key(disk);
@@ -293,7 +298,7 @@ static __always_inline int on_rq_complete(struct request *rq, __u32 bytes, __u32
 	struct gendisk *disk;
 	int passthrough = e.op == REQ_OP_DRV_OUT;
 
-	if (copy && broken & BROKEN_ONE_COPY)
+	if (sits_out(copy))
 		return 0;
 	// Commands that carry no data count as reads, whatever they do: write zeroes,
 	// format, sanitize.
@@ -330,7 +335,7 @@ static __always_inline int on_bio_complete(struct bio *bio, __u32 copy)
 	__u32 key;
 	__u64 ptr = (__u64)bio;
 
-	if (!op_writes(e.op) || (copy && broken & BROKEN_ONE_COPY))
+	if (!op_writes(e.op) || sits_out(copy))
 		return 0;
 	key = disk_key(bio->bi_bdev->bd_disk);
 	r = bpf_map_lookup_elem(&inflight, &ptr);
