@@ -19,7 +19,7 @@ type Counts struct {
 // Events changes whenever a program ran for the device or was dropped on this
 // host: as long as it stays the same, nobody wrote.
 func (r *Registration) Events() (uint64, error) {
-	missed, err := r.t.Misses()
+	missed, err := r.programs.missed()
 	if err != nil {
 		return 0, err
 	}

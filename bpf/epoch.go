@@ -6,6 +6,7 @@ import (
 	"math/bits"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 	"unsafe"
 
@@ -147,10 +148,11 @@ func (e *Epoch) Landed() uint64 { return e.hdr(hdrLanded) }
 func (e *Epoch) KernelSectors() (uint64, bool) { return e.hdr(hdrKernel), e.hdr(hdrCounting) == 1 }
 
 // Missed is, per program and copy, the events missed between opening and closing.
-func (e *Epoch) Missed() Misses {
-	var m Misses
-	copy(m[:], e.mem.words[hdrMissed:])
-	return m
+func (e *Epoch) Missed() []uint64 { return slices.Clone(e.missed()) }
+
+func (e *Epoch) missed() []uint64 {
+	n := min(e.hdr(hdrPrograms), hdrMissed-hdrMissBase)
+	return e.mem.words[hdrMissed:][:n]
 }
 
 // Bitmap is one bit per granule, least significant first. It belongs to the
@@ -177,8 +179,8 @@ func (e *Epoch) merge(o *Epoch) {
 	w := e.mem.words
 	w[hdrTaint] |= o.hdr(hdrTaint)
 	w[hdrLoss] |= o.hdr(hdrLoss)
-	for i := range len(programs) * copies {
-		w[hdrMissed+i] += o.hdr(hdrMissed + i)
+	for i, n := range o.missed() {
+		w[hdrMissed+i] += n
 	}
 	for _, i := range []int{hdrSectors, hdrLanded, hdrKernel} {
 		w[i] += o.hdr(i)

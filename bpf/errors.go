@@ -8,6 +8,7 @@ var (
 	ErrNoBTF         = errors.New("the kernel has no BTF (CONFIG_DEBUG_INFO_BTF, /sys/kernel/btf/vmlinux)")
 	ErrNotBlock      = errors.New("not a block device")
 	ErrUntrackable   = errors.New("writes to it can't be seen by block tracepoints")
+	ErrNoFileHooks   = errors.New("this kernel can't track image files")
 	ErrNotAttached   = errors.New("no tracker is attached on this host")
 	ErrNotRegistered = errors.New("not tracked")
 	ErrDamaged       = errors.New("its pinned epochs can't be adopted")

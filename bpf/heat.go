@@ -22,13 +22,12 @@ func (t *Tracker) heatWords(slot uint32) []uint64 {
 	return t.heatMap.words[int(slot)*heatRegions:][:heatRegions]
 }
 
-func (t *Tracker) heat(p place) Heat {
-	regions := (p.sectors + 1<<p.heatShift - 1) >> p.heatShift
-	return Heat{Region: 512 << p.heatShift, Bytes: slices.Clone(t.heatWords(p.slot)[:regions])}
+func (t *Tracker) heat(slot, shift uint32, sectors uint64) Heat {
+	regions := (sectors + 1<<shift - 1) >> shift
+	return Heat{Region: 512 << shift, Bytes: slices.Clone(t.heatWords(slot)[:regions])}
 }
 
-// Heat is where the device was written.
+// Heat is where it was written.
 func (r *Registration) Heat() Heat {
-	_, p, _ := r.t.devices.find(r.dev.own())
-	return r.t.heat(p)
+	return r.t.heat(r.slot, r.what.heatShift(), uint64(r.current.Size())/512)
 }

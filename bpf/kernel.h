@@ -79,8 +79,15 @@ struct task_struct {
 	unsigned int flags;
 };
 
+struct super_block {
+	__u32 s_dev;
+};
+
 struct inode {
 	unsigned short i_mode;
+	struct super_block *i_sb;
+	unsigned long i_ino;
+	__s64 i_size; // bytes
 };
 
 struct bdev_inode { // block/bdev.c
@@ -93,6 +100,7 @@ struct address_space {
 };
 
 struct folio {
+	struct address_space *mapping;
 	unsigned long index;	      // pages
 	unsigned int _folio_nr_pages; // of a large one, 64-bit kernels
 };

@@ -2,7 +2,7 @@ package bpf
 
 // The same numbers stand in layout.h; TestLayoutMatchesHeader compares them.
 const (
-	layoutVersion = 2
+	layoutVersion = 3
 	maxDevices    = 256
 	places        = 1024
 	probes        = 16
@@ -13,7 +13,7 @@ const (
 	maxWriters    = 8192
 	heatRegions   = 1024
 	copies        = 3
-	headerWords   = 64
+	headerWords   = 256
 	hostWords     = 8
 	hdrTaint      = 0
 	hdrNumber     = hdrLast
@@ -38,13 +38,14 @@ const (
 	hdrSectors  = 17 // sectors submitted, when opened; at close the difference
 	hdrLanded   = 18 // sectors completed, likewise
 	hdrKernel   = 19 // sectors that the kernel's own statistics counted, likewise
-	hdrMissBase = 20 // one word per program, when opened
-	hdrMissed   = 32 // one word per program, at close: missed while open
 	hdrInstance = 44
-	hdrTracked  = 45 // when the device was registered
-	hdrCounting = 46 // 1: hdrKernel is known
-	hdrTable    = 47 // hash of the device-mapper table
-	hdrStart    = 48 // of a partition, sectors
+	hdrTracked  = 45  // when the device was registered
+	hdrCounting = 46  // 1: hdrKernel is known
+	hdrTable    = 47  // hash of the device-mapper table
+	hdrStart    = 48  // of a partition, sectors
+	hdrPrograms = 49  // words used of each of the following
+	hdrMissBase = 64  // one word per program and copy, when opened
+	hdrMissed   = 128 // likewise, at close: missed while open
 )
 
 const headerMagic = 0x5449_4445_4550_0000 | layoutVersion // "TIDEP"
@@ -62,10 +63,12 @@ type Broken uint32
 
 // Bits of Broken.
 const (
-	BrokenNoSubmit   Broken = 1 << iota // submissions don't mark
-	BrokenNoComplete                    // completions don't mark
-	BrokenOneCopy                       // each program runs once
-	BrokenBlind                         // the programs see nothing
+	BrokenNoSubmit    Broken = 1 << iota // submissions don't mark
+	BrokenNoComplete                     // completions don't mark
+	BrokenOneCopy                        // each program runs once
+	BrokenBlind                          // the programs see nothing
+	BrokenNoWriteback                    // image files: writeback doesn't mark
+	BrokenNoDirect                       // image files: the end of direct I/O doesn't mark
 )
 
 // Taint says why an epoch's bitmap may lack a write: bits set by the programs.
@@ -80,6 +83,9 @@ const (
 	TaintOpcode
 	TaintDiscards
 	TaintUnseen
+	TaintIoctl
+	TaintUnmount
+	TaintFolio
 )
 
 // Loss says why an epoch's bitmap may lack a write: found when it was closed.
@@ -105,14 +111,17 @@ var taintText = map[Taint]string{
 	TaintOpcode:      "an operation whose range is not known (zone append or reset)",
 	TaintDiscards:    "a request with too many discards",
 	TaintUnseen:      "a write completed that began before tracking did, or was passed on by another device",
+	TaintIoctl:       "a request to the file system that may have changed the image file (ioctl)",
+	TaintUnmount:     "the image file's file system was unmounted",
+	TaintFolio:       "a page of unknown size was written back",
 }
 
 var lossText = map[Loss]string{
 	LossMissed:      "the kernel dropped tracing events (recursion misses in every copy of a program)",
 	LossDetached:    "a tracking program was detached",
 	LossHost:        "an event found no epoch",
-	LossReplaced:    "another device has taken the same number (diskseq changed)",
-	LossResized:     "the device was resized or moved",
+	LossReplaced:    "another device has taken the same number, or another file the same name (diskseq changed, or inode)",
+	LossResized:     "it was resized or moved",
 	LossPassthrough: "a passthrough command on a controller's queue may have written to any of its devices",
 	LossUncounted:   "the kernel counted more written sectors than the tracker saw",
 	LossTable:       "the device-mapper table was replaced",

@@ -4,7 +4,7 @@
 // test compares the two. Any change raises LAYOUT_VERSION.
 #pragma once
 
-#define LAYOUT_VERSION 2
+#define LAYOUT_VERSION 3
 
 #define MAX_DEVICES 256 // slots
 #define PLACES 1024	// of the devices table, a power of two
@@ -20,7 +20,7 @@
 #define PLACE_GONE 1 // was in use: look further
 
 // An epoch is an array of 64-bit words: a header, then the dirty bitmap.
-#define HEADER_WORDS 64
+#define HEADER_WORDS 256
 #define HDR_TAINT 0  // set by programs; the other words belong to userspace
 #define HDR_NUMBER 10 // of the epoch
 
@@ -32,6 +32,9 @@
 #define TAINT_OPCODE (1 << 4)	   // an operation of unknown range (zone reset, append)
 #define TAINT_DISCARDS (1 << 5)	   // a request with too many discards
 #define TAINT_UNSEEN (1 << 6)	   // a bio completed whose submission was not seen
+#define TAINT_IOCTL (1 << 7)	   // an image file: a request to the file system that may change it
+#define TAINT_UNMOUNT (1 << 8)	   // an image file: its file system was unmounted
+#define TAINT_FOLIO (1 << 9)	   // an image file: a large page of unknown size was written back
 
 // Words of the host map.
 #define HOST_WORDS 8
@@ -44,3 +47,5 @@
 #define BROKEN_NO_COMPLETE (1 << 1) // completions don't mark
 #define BROKEN_ONE_COPY (1 << 2)    // copies 1 and 2 do nothing
 #define BROKEN_BLIND (1 << 3)	    // every copy returns at once
+#define BROKEN_NO_WRITEBACK (1 << 4) // image files: writeback doesn't mark
+#define BROKEN_NO_DIRECT (1 << 5)    // image files: the end of direct I/O doesn't mark

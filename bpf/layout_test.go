@@ -30,6 +30,8 @@ func TestLayoutMatchesHeader(t *testing.T) {
 		"HOST_NO_EPOCH": hostNoEpoch, "HOST_PASSTHROUGH": hostPassthrough,
 		"TAINT_RANGE": uint64(TaintRange), "TAINT_BITMAP": uint64(TaintBitmap), "TAINT_INFLIGHT": uint64(TaintInflight),
 		"TAINT_PASSTHROUGH": uint64(TaintPassthrough), "TAINT_OPCODE": uint64(TaintOpcode), "TAINT_DISCARDS": uint64(TaintDiscards), "TAINT_UNSEEN": uint64(TaintUnseen),
+		"TAINT_IOCTL": uint64(TaintIoctl), "TAINT_UNMOUNT": uint64(TaintUnmount), "TAINT_FOLIO": uint64(TaintFolio),
+		"BROKEN_NO_WRITEBACK": uint64(BrokenNoWriteback), "BROKEN_NO_DIRECT": uint64(BrokenNoDirect),
 	} {
 		if got, ok := header[name]; !ok || got != want {
 			t.Errorf("%s is %d in layout.h, %d in layout.go", name, got, want)

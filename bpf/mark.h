@@ -244,3 +244,22 @@ static __always_inline void warm(__u32 slot, __u64 region, __u64 bytes)
 	if (h)
 		*h += bytes;
 }
+
+// 0 where this kernel has another way to tell.
+static __always_inline __u32 folio_pages(struct folio *folio)
+{
+	struct folio___6_15 *renamed = (void *)folio;
+	unsigned long flags = 0;
+
+	// folio_test_large()
+	bpf_probe_read_kernel(&flags, sizeof(flags), folio);
+	if (!bpf_core_enum_value_exists(enum pageflags___any, PG_head___any))
+		return 0;
+	if (!(flags & 1UL << bpf_core_enum_value(enum pageflags___any, PG_head___any)))
+		return 1;
+	if (bpf_core_field_exists(folio->_folio_nr_pages))
+		return BPF_CORE_READ(folio, _folio_nr_pages);
+	if (bpf_core_field_exists(renamed->_nr_pages))
+		return BPF_CORE_READ(renamed, _nr_pages);
+	return 0;
+}

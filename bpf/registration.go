@@ -20,11 +20,12 @@ const (
 	MaxGranuleShift     = 20
 )
 
-// Registration is one tracked device, held by this process alone. Its methods
+// Registration is one tracked device or image file, held by this process alone. Its methods
 // are not safe for concurrent use.
 type Registration struct {
 	t        *Tracker
-	dev      Device
+	what     Target
+	programs programSet
 	slot     uint32
 	id       [2]uint64
 	lock     *os.File
@@ -32,8 +33,17 @@ type Registration struct {
 	retained []*Epoch // closed, ascending
 }
 
-// Device is the device as it was when the registration was acquired.
-func (r *Registration) Device() Device { return r.dev }
+// Target is what is tracked, as it was when the registration was acquired.
+func (r *Registration) Target() Target { return r.what }
+
+// ProgramNames are the programs that see its writes, in the order of [Epoch.Missed].
+func (r *Registration) ProgramNames() []string { return r.programs.names() }
+
+// LinkIDs are the kernel's IDs of their links, copies of a program one after the other.
+func (r *Registration) LinkIDs() []uint32 { return slices.Clone(r.programs.links()) }
+
+// Attached is when they were attached.
+func (r *Registration) Attached() time.Time { return r.programs.attached() }
 
 // ID tells this registration from every other one, before or after it.
 func (r *Registration) ID() string { return fmt.Sprintf("%016x%016x", r.id[0], r.id[1]) }
@@ -48,28 +58,14 @@ func (r *Registration) Current() uint64 { return r.current.Last() }
 // belong to r.
 func (r *Registration) Retained() []*Epoch { return slices.Clone(r.retained) }
 
-// Changed says whether the device is another one than when it was
-// registered: LossReplaced, LossResized or 0.
-func (r *Registration) Changed() Loss { return r.current.changed(r.dev) }
+// Changed says whether the target is another one than when it was
+// registered: LossReplaced, LossResized, LossTable or 0.
+func (r *Registration) Changed() Loss { return r.what.changed(r.current) }
 
-func (e *Epoch) changed(now Device) Loss {
-	var l Loss
-	if now.DiskSeq != e.DiskSeq() {
-		l |= LossReplaced
-	}
-	if now.Size != e.Size() || now.Start != int64(e.hdr(hdrStart))*512 {
-		l |= LossResized
-	}
-	if now.Table != e.hdr(hdrTable) {
-		l |= LossTable
-	}
-	return l
-}
-
-// Register starts tracking dev with granules of 1<<shift bytes, and returns a held
+// Register starts tracking what with granules of 1<<shift bytes, and returns a held
 // registration. Writes in flight need not be waited for: they are marked when they
 // complete, or, where a bio no longer tells where it wrote, taint the epoch.
-func (t *Tracker) Register(dev Device, shift uint) (*Registration, error) {
+func (t *Tracker) Register(what Target, shift uint) (*Registration, error) {
 	if shift < MinGranuleShift || shift > MaxGranuleShift {
 		return nil, fmt.Errorf("granule of 2^%d bytes: must be 4 KiB to 1 MiB", shift)
 	}
@@ -81,8 +77,14 @@ func (t *Tracker) Register(dev Device, shift uint) (*Registration, error) {
 	if !t.intact() {
 		return nil, ErrDetached
 	}
-	if _, _, ok := t.devices.find(dev.own()); ok {
-		return nil, fmt.Errorf("%s: tracked already", dev.Path)
+	if _, ok, err := what.find(t); err != nil {
+		return nil, err
+	} else if ok {
+		return nil, fmt.Errorf("%s: tracked already, or another one with the same number is", what.Label())
+	}
+	set, err := what.programs(t, true)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", what.Label(), err)
 	}
 	slot, err := t.freeSlot()
 	if err != nil {
@@ -92,9 +94,9 @@ func (t *Tracker) Register(dev Device, shift uint) (*Registration, error) {
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return nil, err
 	}
-	r := &Registration{t: t, dev: dev, slot: slot, id: [2]uint64{random64(), random64()}}
+	r := &Registration{t: t, what: what, programs: set, slot: slot, id: [2]uint64{random64(), random64()}}
 	if r.lock, err = lockDir(dir, unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return nil, fmt.Errorf("%s: %w", dev.Path, err)
+		return nil, fmt.Errorf("%s: %w", what.Label(), err)
 	}
 	// What an interrupted registration left behind.
 	if err := clearDir(dir); err != nil {
@@ -103,7 +105,7 @@ func (t *Tracker) Register(dev Device, shift uint) (*Registration, error) {
 	}
 	if err := r.install(shift); err != nil {
 		_ = r.Close()
-		return nil, fmt.Errorf("register %s: %w", dev.Path, err)
+		return nil, fmt.Errorf("register %s: %w", what.Label(), err)
 	}
 	t.mu.Lock()
 	t.open[r] = struct{}{}
@@ -120,21 +122,14 @@ func (r *Registration) install(shift uint) error {
 		return err
 	}
 	var err error
-	if r.current, err = r.begin(shape{
-		n: 1, granules: uint64(r.dev.Size+(1<<shift)-1) >> shift, shift: shift, size: r.dev.Size, start: uint64(r.dev.Start) / 512,
-		diskSeq: r.dev.DiskSeq, table: r.dev.Table, tracked: uint64(time.Now().UnixNano()),
-	}); err != nil {
+	if r.current, err = r.begin(r.what.shape(shift)); err != nil {
 		return err
 	}
 	// Waits for a grace period, as insert wants it.
 	if err := r.t.maps.Epochs.Put(r.slot, r.current.m); err != nil {
 		return fmt.Errorf("install the first epoch: %w", err)
 	}
-	sectors := uint64(r.dev.Size) / 512
-	return r.t.devices.insert(place{
-		key: r.dev.key(), own: r.dev.own(), slot: r.slot, shift: uint32(shift), start: uint64(r.dev.Start) / 512, sectors: sectors,
-		heatShift: heatShift(sectors), whole: !r.dev.Partition,
-	})
+	return r.what.insert(r.t, r.slot, shift)
 }
 
 func (t *Tracker) freeSlot() (uint32, error) {
@@ -145,51 +140,66 @@ func (t *Tracker) freeSlot() (uint32, error) {
 		}
 		return true
 	})
+	if err := t.eachFile(func(_ filesFileKey, f filesImage) bool {
+		if f.Slot < maxDevices {
+			used[f.Slot] = true
+		}
+		return true
+	}); err != nil {
+		return 0, err
+	}
 	for i, u := range used {
 		if !u {
 			return uint32(i), nil
 		}
 	}
-	return 0, fmt.Errorf("%w: %d devices are tracked", ErrFull, maxDevices)
+	return 0, fmt.Errorf("%w: %d devices and files are tracked", ErrFull, maxDevices)
 }
 
-// Forget drops what is tracked under dev's number, also if it can't be acquired
+// Forget drops what is tracked under the number of what, also if it can't be acquired
 // because its pins are damaged. The error wraps ErrBusy if it is in use.
-func (t *Tracker) Forget(dev Device) error {
+func (t *Tracker) Forget(what Target) error {
 	lock, err := lockDir(t.dir, unix.LOCK_EX)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = lock.Close() }()
-	at, p, ok := t.devices.find(dev.own())
-	if !ok {
-		return nil
+	at, ok, err := what.find(t)
+	if err != nil || !ok {
+		return err
 	}
-	slot, err := lockDir(t.slotDir(p.slot), unix.LOCK_EX|unix.LOCK_NB)
+	slot, err := lockDir(t.slotDir(at), unix.LOCK_EX|unix.LOCK_NB)
 	if err == nil {
 		defer func() { _ = slot.Close() }()
 	} else if !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("%s: %w", dev.Path, err)
+		return fmt.Errorf("%s: %w", what.Label(), err)
 	}
-	t.devices.remove(at)
-	return os.RemoveAll(t.slotDir(p.slot))
+	if err := what.remove(t); err != nil {
+		return err
+	}
+	return os.RemoveAll(t.slotDir(at))
 }
 
-// Acquire takes hold of a device that is tracked. Errors wrap ErrNotRegistered
-// or ErrBusy. Look at Changed before you believe it.
-func (t *Tracker) Acquire(dev Device) (*Registration, error) {
-	_, p, ok := t.devices.find(dev.own())
+// Acquire takes hold of what is tracked. Errors wrap ErrNotRegistered, ErrBusy or
+// ErrDamaged. Look at Changed before you believe it.
+func (t *Tracker) Acquire(what Target) (*Registration, error) {
+	slot, ok, err := what.find(t)
+	if err != nil {
+		return nil, err
+	}
 	if !ok {
-		return nil, fmt.Errorf("%s: %w", dev.Path, ErrNotRegistered)
+		return nil, fmt.Errorf("%s: %w", what.Label(), ErrNotRegistered)
 	}
-	r := &Registration{t: t, dev: dev, slot: p.slot}
-	var err error
-	if r.lock, err = lockDir(t.slotDir(p.slot), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return nil, fmt.Errorf("%s: %w", dev.Path, err)
+	r := &Registration{t: t, what: what, slot: slot}
+	if r.lock, err = lockDir(t.slotDir(slot), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, fmt.Errorf("%s: %w", what.Label(), err)
 	}
-	if err := r.load(); err != nil {
+	if r.programs, err = what.programs(t, false); err == nil {
+		err = r.load()
+	}
+	if err != nil {
 		_ = r.Close()
-		return nil, fmt.Errorf("%s: %w: %w", dev.Path, ErrDamaged, err)
+		return nil, fmt.Errorf("%s: %w: %w", what.Label(), ErrDamaged, err)
 	}
 	t.mu.Lock()
 	t.open[r] = struct{}{}
@@ -306,7 +316,7 @@ func (r *Registration) begin(s shape) (*Epoch, error) {
 	if err != nil {
 		return nil, err
 	}
-	missed, err := r.t.Misses()
+	missed, err := r.programs.missed()
 	if err != nil {
 		e.close()
 		return nil, err
@@ -316,16 +326,17 @@ func (r *Registration) begin(s shape) (*Epoch, error) {
 	w[hdrShift] = uint64(s.shift)
 	w[hdrGranules] = s.granules
 	w[hdrSize] = uint64(s.size)
-	w[hdrDev] = uint64(r.dev.own())
+	w[hdrDev] = r.what.id()
 	w[hdrStart] = s.start
 	w[hdrDiskSeq] = s.diskSeq
 	w[hdrTable] = s.table
 	w[hdrID], w[hdrID+1] = r.id[0], r.id[1]
 	w[hdrFirst], w[hdrLast] = s.n, s.n
 	w[hdrOpenedAt] = uint64(time.Now().UnixNano())
-	w[hdrInstance] = r.t.instance
+	w[hdrInstance] = r.programs.instanceID()
 	w[hdrTracked] = s.tracked
-	copy(w[hdrMissBase:], missed[:])
+	w[hdrPrograms] = uint64(len(missed))
+	copy(w[hdrMissBase:hdrMissed], missed)
 	w[hdrHostBase] = r.t.hostMap.words[hostNoEpoch]
 	w[hdrHostBase+1] = r.t.hostMap.words[hostPassthrough]
 	counts, err := r.t.counts(r.slot)
@@ -336,7 +347,7 @@ func (r *Registration) begin(s shape) (*Epoch, error) {
 	w[hdrSectors], w[hdrLanded] = counts.SubmitSectors, counts.CompleteSectors
 	// After the programs' counts, as finish takes it before them: a write that is
 	// just being counted is never in the kernel's alone.
-	if n, ok := r.dev.kernelSectors(); ok {
+	if n, ok := r.what.kernelSectors(); ok {
 		w[hdrKernel], w[hdrCounting] = n, 1
 	}
 	e.pin = filepath.Join(r.t.slotDir(r.slot), fmt.Sprintf("e%016x", s.n))
@@ -372,13 +383,13 @@ func (r *Registration) Swap() (*Epoch, error) {
 // finish writes down what was lost while e was open. It may come late: then it
 // blames e for losses after its end too, never for less than its own.
 func (r *Registration) finish(e *Epoch) error {
-	missed, err := r.t.Misses()
+	missed, err := r.programs.missed()
 	if err != nil {
 		return err
 	}
 	w := e.mem.words
 	var loss Loss
-	for p := range programs {
+	for p := range len(missed) / copies {
 		least := ^uint64(0)
 		for i := p * copies; i < (p+1)*copies; i++ {
 			w[hdrMissed+i] = missed[i] - w[hdrMissBase+i]
@@ -388,7 +399,7 @@ func (r *Registration) finish(e *Epoch) error {
 			loss |= LossMissed
 		}
 	}
-	if !r.t.intact() || w[hdrInstance] != r.t.instance {
+	if !r.programs.intact() || w[hdrInstance] != r.programs.instanceID() {
 		loss |= LossDetached
 	}
 	if r.t.hostMap.words[hostNoEpoch] != w[hdrHostBase] {
@@ -397,13 +408,13 @@ func (r *Registration) finish(e *Epoch) error {
 	if r.t.hostMap.words[hostPassthrough] != w[hdrHostBase+1] {
 		loss |= LossPassthrough
 	}
-	now, err := Lookup(r.dev.Path)
-	if err != nil || now.own() != r.dev.own() {
+	now, err := r.what.again()
+	if err != nil || now.id() != r.what.id() {
 		loss |= LossReplaced
 	} else {
-		loss |= e.changed(now)
+		loss |= now.changed(e)
 	}
-	kernel, counting := r.dev.kernelSectors()
+	kernel, counting := r.what.kernelSectors()
 	counts, err := r.t.counts(r.slot)
 	if err != nil {
 		return err
@@ -468,8 +479,5 @@ func (r *Registration) Unregister() error {
 		return err
 	}
 	defer func() { _ = lock.Close() }()
-	if at, _, ok := r.t.devices.find(r.dev.own()); ok {
-		r.t.devices.remove(at)
-	}
-	return errors.Join(clearDir(r.t.slotDir(r.slot)), r.Close())
+	return errors.Join(r.what.remove(r.t), clearDir(r.t.slotDir(r.slot)), r.Close())
 }

@@ -11,7 +11,8 @@ import (
 // Status is what is known of one tracked device without taking hold of it.
 type Status struct {
 	Major, Minor uint32
-	Name         string // kernel name now, empty if the device is gone
+	Name         string // kernel name now, empty if the device is gone; of an image file, where it lies
+	Image        bool   // an image file; Major and Minor are its file system's
 	Size         int64  // bytes, when registered
 	Granule      int64  // bytes
 	Epoch        uint64 // current
@@ -25,14 +26,13 @@ type Status struct {
 	Heat         Heat
 }
 
-// Status lists the tracked devices. It takes no lock: a device that is
+// Status lists the tracked devices and image files. It takes no lock: one that is
 // swapping epochs may be seen half way.
 func (t *Tracker) Status() ([]Status, error) {
 	var out []Status
 	var err error
-	t.devices.all(func(_ uint32, p place) bool {
-		var s Status
-		s, err = t.status(p)
+	add := func(s Status, slot, heatShift uint32) bool {
+		s, err = t.status(s, slot, heatShift)
 		switch {
 		case errors.Is(err, os.ErrNotExist):
 			err = nil // gone meanwhile
@@ -40,16 +40,33 @@ func (t *Tracker) Status() ([]Status, error) {
 			out = append(out, s)
 		}
 		return err == nil
+	}
+	t.devices.all(func(_ uint32, p place) bool {
+		s := Status{Major: p.own >> 20, Minor: p.own & (1<<20 - 1), Granule: 1 << p.shift}
+		if sys, err := filepath.EvalSymlinks(fmt.Sprintf("/sys/dev/block/%d:%d", s.Major, s.Minor)); err == nil {
+			s.Name = filepath.Base(sys)
+		}
+		return add(s, p.slot, p.heatShift)
 	})
-	return out, err
+	if err != nil {
+		return out, err
+	}
+	each := t.eachFile(func(k filesFileKey, f filesImage) bool {
+		s := Status{Major: uint32(k.Dev >> 20), Minor: uint32(k.Dev & (1<<20 - 1)), Granule: 1 << f.GranuleShift, Image: true}
+		s.Name = fmt.Sprintf("inode %d of a file system that is not mounted here", k.Ino)
+		_ = mounts(func(_ uint64, m mount) bool {
+			if m.dev == k.Dev {
+				s.Name = fmt.Sprintf("inode %d below %s", k.Ino, m.dir)
+			}
+			return m.dev != k.Dev
+		})
+		return add(s, f.Slot, f.HeatShift)
+	})
+	return out, errors.Join(err, each)
 }
 
-func (t *Tracker) status(p place) (Status, error) {
-	s := Status{Major: p.own >> 20, Minor: p.own & (1<<20 - 1), Granule: 1 << p.shift, Heat: t.heat(p)}
-	if sys, err := filepath.EvalSymlinks(fmt.Sprintf("/sys/dev/block/%d:%d", s.Major, s.Minor)); err == nil {
-		s.Name = filepath.Base(sys)
-	}
-	epochs, err := t.pinnedEpochs(p.slot)
+func (t *Tracker) status(s Status, slot, heatShift uint32) (Status, error) {
+	epochs, err := t.pinnedEpochs(slot)
 	if err != nil {
 		return s, err
 	}
@@ -63,6 +80,7 @@ func (t *Tracker) status(p place) (Status, error) {
 		e.close()
 	}
 	s.Retained = len(epochs) - 1
-	s.Counts, err = t.counts(p.slot)
+	s.Heat = t.heat(slot, heatShift, uint64(s.Size)/512)
+	s.Counts, err = t.counts(slot)
 	return s, err
 }

@@ -384,23 +384,6 @@ COPY(0)
 COPY(1)
 COPY(2)
 
-static __always_inline __u32 folio_pages(struct folio *folio)
-{
-	struct folio___6_15 *renamed = (void *)folio;
-	unsigned long flags = 0;
-
-	// folio_test_large()
-	bpf_probe_read_kernel(&flags, sizeof(flags), folio);
-	if (!bpf_core_enum_value_exists(enum pageflags___any, PG_head___any) ||
-	    !(flags & 1UL << bpf_core_enum_value(enum pageflags___any, PG_head___any)))
-		return 1;
-	if (bpf_core_field_exists(folio->_folio_nr_pages))
-		return BPF_CORE_READ(folio, _folio_nr_pages);
-	if (bpf_core_field_exists(renamed->_nr_pages))
-		return BPF_CORE_READ(renamed, _nr_pages);
-	return 1;
-}
-
 // Who dirties pages of a device's own page cache: what writes them later is a kernel
 // thread. This names writers and proves nothing, so one copy is enough.
 SEC("tp_btf/writeback_dirty_folio")
@@ -420,7 +403,7 @@ int BPF_PROG(dirty_folio, struct folio *folio, struct address_space *mapping)
 	bdev = (void *)inode - bpf_core_field_offset(struct bdev_inode, vfs_inode) + bpf_core_field_offset(struct bdev_inode, bdev);
 	disk = BPF_CORE_READ(bdev, bd_disk);
 	e.sector = BPF_CORE_READ(bdev, bd_start_sect) + (folio->index << (PAGE_SHIFT - 9));
-	e.bytes = folio_pages(folio) << PAGE_SHIFT;
+	e.bytes = (folio_pages(folio) ?: 1) << PAGE_SHIFT;
 	spread(&e, (__u32)BPF_CORE_READ(disk, major) << 20 | (__u32)BPF_CORE_READ(disk, first_minor));
 	return 0;
 }

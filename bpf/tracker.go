@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -59,8 +60,10 @@ type Tracker struct {
 	fresh    string
 	seam     func(Misses) Misses
 
-	mu   sync.Mutex
-	open map[*Registration]struct{}
+	mu        sync.Mutex
+	open      map[*Registration]struct{}
+	files     *ebpf.Map             // of tracked image files, nil if there never was one
+	fileHooks map[string]*fileHooks // by file system
 }
 
 // Words of the meta map.
@@ -100,7 +103,7 @@ func Open(o Options) (*Tracker, error) {
 	}
 	defer func() { _ = lock.Close() }()
 
-	t := &Tracker{dir: o.Dir, seam: o.Misses, broken: o.Broken, open: map[*Registration]struct{}{}}
+	t := &Tracker{dir: o.Dir, seam: o.Misses, broken: o.Broken, open: map[*Registration]struct{}{}, fileHooks: map[string]*fileHooks{}}
 	err = t.adopt()
 	if err == nil {
 		return t, nil
@@ -180,6 +183,14 @@ func (t *Tracker) closeAll() {
 			t.progs[i] = nil
 		}
 	}
+	for _, h := range t.fileHooks {
+		h.close()
+	}
+	clear(t.fileHooks)
+	if t.files != nil {
+		_ = t.files.Close()
+		t.files = nil
+	}
 	_ = t.maps.Close()
 	t.maps = trackerMaps{}
 	if t.meta != nil {
@@ -236,7 +247,7 @@ func (n notAdoptable) Error() string { return string(n) }
 
 // objectHash tells one version of the programs from another.
 func objectHash(b Broken) uint64 {
-	h := sha256.Sum256(append([]byte{byte(b)}, _TrackerBytes...))
+	h := sha256.Sum256(slices.Concat([]byte{byte(b)}, _TrackerBytes, _FilesBytes))
 	return binary.BigEndian.Uint64(h[:])
 }
 

@@ -52,10 +52,17 @@ type Writer struct {
 	Dirtied uint64 // bytes of the device's page cache that it dirtied; a kernel thread submits them later
 }
 
+// MethodFile is the Method of an image file whose writes are tracked.
+const MethodFile = "ebpf-file"
+
 // Evidence is what a reader needs to judge whether a write can have been missed.
 type Evidence struct {
-	Method     string    `json:"method"`           // "ebpf" or "none"
-	Device     string    `json:"device,omitempty"` // major:minor
+	Method     string    `json:"method"`                // "ebpf", "ebpf-file" or "none"
+	Device     string    `json:"device,omitempty"`      // major:minor; of an image file that of its file system
+	FileSystem string    `json:"file_system,omitempty"` // of an image file
+	Mount      string    `json:"mount,omitempty"`
+	Inode      uint64    `json:"inode,omitempty"`
+	Handle     string    `json:"handle,omitempty"` // tells the inode from others that have or had its number
 	Opened     time.Time `json:"opened,omitzero"`
 	Closed     time.Time `json:"closed,omitzero"`
 	FirstEpoch uint64    `json:"first_epoch,omitempty"`

@@ -4,6 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"slices"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/tidemark/tidemark/bpf"
 )
@@ -17,46 +21,58 @@ type Tracked struct {
 	tracker *bpf.Tracker
 	reg     *bpf.Registration
 	began   []string // why this registration is new, if it is
+	file    *os.File // the image file, nil for devices
 }
 
 var _ Source = (*Tracked)(nil)
 
-// OpenTracked takes hold of the tracking of the block device at path, and starts it with
+// OpenTracked takes hold of the tracking of the block device or image file at path, and starts it with
 // granules of 1<<shift bytes if there is none that can be believed. The
 // tracker stays the caller's. Hold the device open meanwhile, so that it can't be
 // replaced. Errors wrap those of package bpf.
 func OpenTracked(tracker *bpf.Tracker, path string, shift uint) (*Tracked, error) {
-	dev, err := bpf.Lookup(path)
+	dev, err := bpf.LookupTarget(path)
 	if err != nil {
 		return nil, err
 	}
 	s := &Tracked{tracker: tracker}
-	s.reg, err = tracker.Acquire(dev)
+	if err := s.acquire(dev, shift); err != nil {
+		return nil, err
+	}
+	if _, ok := dev.(bpf.File); ok {
+		if s.file, err = os.Open(path); err != nil {
+			return nil, errors.Join(err, s.reg.Close())
+		}
+	}
+	return s, nil
+}
+
+func (s *Tracked) acquire(dev bpf.Target, shift uint) error {
+	var err error
+	s.reg, err = s.tracker.Acquire(dev)
 	switch {
 	case err == nil:
 		loss := s.reg.Changed()
 		if loss == 0 {
-			return s, nil
+			return nil
 		}
 		s.began = loss.Reasons()
 		err = s.reg.Unregister()
 	case errors.Is(err, bpf.ErrDamaged):
 		s.began = []string{err.Error()}
-		err = tracker.Forget(dev)
+		err = s.tracker.Forget(dev)
 	case errors.Is(err, bpf.ErrNotRegistered):
-		s.began = []string{"tracking of this device had not begun"}
-		if why := tracker.Fresh(); why != "" {
+		s.began = []string{"tracking of it had not begun"}
+		if why := s.tracker.Fresh(); why != "" {
 			s.began = append(s.began, why)
 		}
 		err = nil
 	}
 	if err != nil {
-		return nil, err
+		return err
 	}
-	if s.reg, err = tracker.Register(dev, shift); err != nil {
-		return nil, err
-	}
-	return s, nil
+	s.reg, err = s.tracker.Register(dev, shift)
+	return err
 }
 
 // Began says why tracking had to begin anew, or nothing if it was adopted.
@@ -70,21 +86,26 @@ func (s *Tracked) Changes(ctx context.Context, since ChangeID) (Delta, error) {
 	if err := ctx.Err(); err != nil {
 		return Delta{}, err
 	}
+	if err := s.writeBack(); err != nil {
+		return Delta{}, err
+	}
 	closed, err := s.reg.Swap()
 	if err != nil {
 		return Delta{}, err
 	}
 	if loss := closed.Loss() & (bpf.LossReplaced | bpf.LossResized); loss != 0 {
-		return Delta{}, fmt.Errorf("%s: %w: %v", s.reg.Device().Path, ErrDeviceChanged, loss.Reasons())
+		return Delta{}, fmt.Errorf("%s: %w: %v", s.reg.Target().Label(), ErrDeviceChanged, loss.Reasons())
 	}
 	s.reg.Fold()
 	d := Delta{ID: ChangeID{s.reg.ID(), closed.Last()}}
 	d.Evidence = Evidence{
-		Method: "ebpf", Device: s.reg.Device().Number(), Closed: closed.Closed(), LastEpoch: closed.Last(), Granule: s.Granule(), Size: closed.Size(), DiskSeq: closed.DiskSeq(),
-		Attached: s.tracker.Since(),
+		Method: "ebpf", Device: s.reg.Target().Number(), Closed: closed.Closed(), LastEpoch: closed.Last(), Granule: s.Granule(), Size: closed.Size(), DiskSeq: closed.DiskSeq(),
+		Attached: s.reg.Attached(), LinkIDs: s.reg.LinkIDs(), Programs: s.reg.ProgramNames(),
 	}
-	ids := s.tracker.LinkIDs()
-	d.Evidence.LinkIDs, d.Evidence.Programs = ids[:], bpf.ProgramNames()
+	if f, ok := s.reg.Target().(bpf.File); ok {
+		d.Evidence.Method, d.Evidence.DiskSeq = MethodFile, 0
+		d.Evidence.FileSystem, d.Evidence.Mount, d.Evidence.Inode, d.Evidence.Handle = f.FS, f.Mount, f.Inode, f.Handle
+	}
 	if d.Evidence.BootID, err = s.tracker.BootID(); err != nil {
 		return Delta{}, err
 	}
@@ -107,6 +128,19 @@ func (s *Tracked) Changes(ctx context.Context, since ChangeID) (Delta, error) {
 		d.Extents = Whole(closed.Size())
 	}
 	return d, nil
+}
+
+// writeBack lets out what an image file has in the page cache. Stores through a mapping are
+// marked when writeback takes their page: what came before this is marked before the swap.
+func (s *Tracked) writeBack() error {
+	if s.file == nil {
+		return nil
+	}
+	const all = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
+	if err := unix.SyncFileRange(int(s.file.Fd()), 0, 0, all); err != nil {
+		return fmt.Errorf("write back %s: %w", s.file.Name(), err)
+	}
+	return nil
 }
 
 func (s *Tracked) writers(first, last uint64) ([]Writer, error) {
@@ -171,17 +205,12 @@ func (v *Evidence) add(e *bpf.Epoch) {
 	v.Sectors += e.Sectors()
 	v.Landed += e.Landed()
 	missed := e.Missed()
-	programs := bpf.ProgramNames()
 	if v.LeastMisses == nil {
-		v.LeastMisses = make([]uint64, len(programs))
+		v.LeastMisses = make([]uint64, len(v.Programs))
 	}
-	per := len(missed) / len(programs)
-	for p := range programs {
-		least := missed[p*per]
-		for _, m := range missed[p*per : (p+1)*per] {
-			least = min(least, m)
-		}
-		v.LeastMisses[p] += least
+	per := len(missed) / max(1, len(v.Programs))
+	for p := range v.LeastMisses {
+		v.LeastMisses[p] += slices.Min(missed[p*per : (p+1)*per])
 	}
 }
 
@@ -200,7 +229,13 @@ func (s *Tracked) Writes() (uint64, error) {
 }
 
 // Untrack stops the tracking and closes s.
-func (s *Tracked) Untrack() error { return s.reg.Unregister() }
+func (s *Tracked) Untrack() error { return errors.Join(s.reg.Unregister(), s.Close()) }
 
 // Close implements Source.
-func (s *Tracked) Close() error { return s.reg.Close() }
+func (s *Tracked) Close() error {
+	err := s.reg.Close()
+	if s.file != nil {
+		err = errors.Join(err, s.file.Close())
+	}
+	return err
+}

@@ -1,0 +1,445 @@
+package bpf
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+)
+
+// hook is a program of files.bpf.c and the kernel function it is attached to.
+type hook struct{ program, function string }
+
+// fileSystem is what has to be known of one to see all writes to its files.
+type fileSystem struct {
+	number uint32
+	hooks  []hook
+	// blind are functions that change files in a way that the programs don't see: a
+	// kernel that has one is not trusted.
+	blind []string
+}
+
+// fileSystems are those whose files can be tracked. The functions are those of Linux 6.1.
+// All but folio_clear_dirty_for_io, iomap_dio_complete, xfs_swap_extents and
+// ext4_move_extents are called through pointers; these four are called from other files
+// than the one they stand in.
+var fileSystems = map[string]fileSystem{
+	"ext4": {number: 1, hooks: []hook{
+		{"write_enter", "ext4_file_write_iter"},
+		{"write_exit", "ext4_file_write_iter"},
+		{"dio_end", "ext4_dio_write_end_io"},
+		{"clean", "folio_clear_dirty_for_io"},
+		{"mkwrite", "ext4_page_mkwrite"},
+		{"falloc_enter", "ext4_fallocate"},
+		{"falloc_exit", "ext4_fallocate"},
+		{"setattr_enter", "ext4_setattr"},
+		{"setattr_exit", "ext4_setattr"},
+		{"ioctl", "ext4_ioctl"},
+		{"put_super", "ext4_put_super"},
+		{"move_ext", "ext4_move_extents"},
+	}},
+	"xfs": {number: 2, hooks: []hook{
+		{"write_enter", "xfs_file_write_iter"},
+		{"write_exit", "xfs_file_write_iter"},
+		{"dio_end", "xfs_dio_write_end_io"},
+		{"clean", "folio_clear_dirty_for_io"},
+		{"mkwrite", "xfs_filemap_page_mkwrite"},
+		{"falloc_enter", "xfs_file_fallocate"},
+		{"falloc_exit", "xfs_file_fallocate"},
+		{"setattr_enter", "xfs_vn_setattr"},
+		{"setattr_exit", "xfs_vn_setattr"},
+		{"remap_enter", "xfs_file_remap_range"},
+		{"remap_exit", "xfs_file_remap_range"},
+		{"ioctl", "xfs_file_ioctl"},
+		{"compat_ioctl", "xfs_file_compat_ioctl"},
+		{"put_super", "xfs_fs_put_super"},
+		{"swap_ext", "xfs_swap_extents"},
+	}, blind: []string{"xfs_exchange_range", "xfs_dio_zoned_write_end_io"}},
+	"btrfs": {number: 3, hooks: []hook{
+		{"write_enter", "btrfs_file_write_iter"},
+		{"write_exit", "btrfs_file_write_iter"},
+		{"dio_complete", "iomap_dio_complete"},
+		{"clean", "folio_clear_dirty_for_io"},
+		{"mkwrite", "btrfs_page_mkwrite"},
+		{"falloc_enter", "btrfs_fallocate"},
+		{"falloc_exit", "btrfs_fallocate"},
+		{"setattr_enter", "btrfs_setattr"},
+		{"setattr_exit", "btrfs_setattr"},
+		{"remap_enter", "btrfs_remap_file_range"},
+		{"remap_exit", "btrfs_remap_file_range"},
+		{"ioctl", "btrfs_ioctl"},
+		{"compat_ioctl", "btrfs_compat_ioctl"},
+		{"put_super", "btrfs_put_super"},
+	}, blind: []string{"btrfs_uring_cmd"}},
+}
+
+// fileHooks are the programs attached to one file system.
+type fileHooks struct {
+	dir      string
+	hooks    []hook
+	instance uint64
+	since    time.Time
+	lnk      []link.Link // per hook and copy
+	progs    []*ebpf.Program
+	ids      []uint32
+}
+
+var _ programSet = (*fileHooks)(nil)
+
+func (h *fileHooks) names() []string {
+	out := make([]string, len(h.hooks))
+	for i, k := range h.hooks {
+		out[i] = k.program
+	}
+	return out
+}
+
+func (h *fileHooks) instanceID() uint64  { return h.instance }
+func (h *fileHooks) attached() time.Time { return h.since }
+func (h *fileHooks) links() []uint32     { return h.ids }
+
+func (h *fileHooks) name(i int) string {
+	return fmt.Sprintf("%s_%d", h.hooks[i/copies].program, i%copies)
+}
+
+func (h *fileHooks) pin(i int) string { return filepath.Join(h.dir, "link-"+h.name(i)) }
+
+func (h *fileHooks) missed() ([]uint64, error) {
+	out := make([]uint64, len(h.progs))
+	for i, p := range h.progs {
+		s, err := p.Stats()
+		if err != nil {
+			return nil, fmt.Errorf("statistics of %s: %w", h.name(i), err)
+		}
+		out[i] = s.RecursionMisses
+	}
+	return out, nil
+}
+
+func (h *fileHooks) intact() bool {
+	for i, id := range h.ids {
+		if now, err := pinnedLinkID(h.pin(i)); err != nil || now != id {
+			return false
+		}
+	}
+	return true
+}
+
+func pinnedLinkID(pin string) (uint32, error) {
+	l, err := link.LoadPinnedLink(pin, nil)
+	if err != nil {
+		return 0, err
+	}
+	info, err := l.Info()
+	_ = l.Close()
+	if err != nil {
+		return 0, err
+	}
+	return uint32(info.ID), nil
+}
+
+func (h *fileHooks) close() {
+	for _, l := range h.lnk {
+		_ = l.Close()
+	}
+	for _, p := range h.progs {
+		_ = p.Close()
+	}
+	h.lnk, h.progs, h.ids = nil, nil, nil
+}
+
+// Words of a file system's meta map.
+const (
+	fmetaMagic    = 0
+	fmetaInstance = 1
+	fmetaSince    = 2
+	fmetaLinks    = 3 // copies words per hook
+	fmetaWords    = 64
+)
+
+// hooks adopts the programs that are attached to a file system, or attaches them if that is
+// asked for: then the caller holds the lock of the tracker's directory. Errors wrap
+// ErrNoFileHooks where this kernel can't, ErrDetached where they are gone.
+func (t *Tracker) hooks(fs string, attach bool) (*fileHooks, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if h := t.fileHooks[fs]; h != nil && h.intact() {
+		return h, nil
+	}
+	h := &fileHooks{dir: filepath.Join(t.dir, "files-"+fs), hooks: fileSystems[fs].hooks}
+	err := h.adopt()
+	if err != nil && attach {
+		h.close()
+		err = t.attachFiles(fs, h)
+	}
+	if err != nil {
+		h.close()
+		return nil, fmt.Errorf("image files on %s: %w", fs, err)
+	}
+	if old := t.fileHooks[fs]; old != nil {
+		old.close()
+	}
+	t.fileHooks[fs] = h
+	return h, nil
+}
+
+func (h *fileHooks) adopt() error {
+	meta, err := ebpf.LoadPinnedMap(filepath.Join(h.dir, "meta"), nil)
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrDetached, err)
+	}
+	defer func() { _ = meta.Close() }()
+	m, err := mapArray(meta)
+	if err != nil {
+		return err
+	}
+	defer m.close()
+	if len(m.words) < fmetaWords || m.words[fmetaMagic] != headerMagic {
+		return ErrDetached
+	}
+	h.instance, h.since = m.words[fmetaInstance], time.Unix(0, int64(m.words[fmetaSince]))
+	for i := range len(h.hooks) * copies {
+		l, err := link.LoadPinnedLink(h.pin(i), nil)
+		if err != nil {
+			return fmt.Errorf("%w: program %s: %w", ErrDetached, h.name(i), err)
+		}
+		h.lnk = append(h.lnk, l)
+		info, err := l.Info()
+		if err != nil {
+			return fmt.Errorf("link of %s: %w", h.name(i), err)
+		}
+		if uint64(info.ID) != m.words[fmetaLinks+i] {
+			return fmt.Errorf("%w: program %s was attached again", ErrDetached, h.name(i))
+		}
+		h.ids = append(h.ids, uint32(info.ID))
+		p, err := ebpf.NewProgramFromID(info.Program)
+		if err != nil {
+			return fmt.Errorf("program %s: %w", h.name(i), err)
+		}
+		h.progs = append(h.progs, p)
+	}
+	return nil
+}
+
+// filesSpec is the object with the programs of one file system alone, aimed at its functions.
+func filesSpec(fs string) (*ebpf.CollectionSpec, error) {
+	spec, err := loadFiles()
+	if err != nil {
+		return nil, fmt.Errorf("read the embedded object: %w", err)
+	}
+	hooks := fileSystems[fs].hooks
+	for name, p := range spec.Programs {
+		i := slices.IndexFunc(hooks, func(h hook) bool { return h.program == name[:strings.LastIndexByte(name, '_')] })
+		if i < 0 {
+			delete(spec.Programs, name)
+			continue
+		}
+		p.AttachTo = hooks[i].function
+	}
+	return spec, nil
+}
+
+// missing says why the kernel can't be trusted to show all writes to files on fs.
+func missing(fs string) error {
+	cache := btf.NewCache()
+	kernel, err := cache.Kernel()
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrNoBTF, err)
+	}
+	specs := []*btf.Spec{kernel}
+	// A module that is not loaded, or has no BTF, has none of the functions.
+	if module, err := cache.Module(fs); err == nil {
+		specs = append(specs, module)
+	}
+	has := func(function string) bool {
+		return slices.ContainsFunc(specs, func(s *btf.Spec) bool {
+			var f *btf.Func
+			return s.TypeByName(function, &f) == nil
+		})
+	}
+	for _, h := range fileSystems[fs].hooks {
+		if !has(h.function) {
+			return fmt.Errorf("it has no function %s, or no BTF for it", h.function)
+		}
+	}
+	for _, f := range fileSystems[fs].blind {
+		if has(f) {
+			return fmt.Errorf("its %s is newer than what is known here (it has %s)", fs, f)
+		}
+	}
+	return nil
+}
+
+func (t *Tracker) attachFiles(fs string, h *fileHooks) (err error) {
+	if err := missing(fs); err != nil {
+		return fmt.Errorf("%w: %w", ErrNoFileHooks, err)
+	}
+	spec, err := filesSpec(fs)
+	if err != nil {
+		return err
+	}
+	if err := spec.Variables["broken"].Set(uint32(t.broken)); err != nil {
+		return fmt.Errorf("set broken: %w", err)
+	}
+	shared := map[string]*ebpf.Map{"epochs": t.maps.Epochs, "counts": t.maps.Counts, "host": t.maps.Host, "heat": t.maps.Heat, "writers": t.maps.Writers}
+	if err := t.openFiles(); err == nil {
+		shared["files"] = t.files
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: shared})
+	if err != nil {
+		return fmt.Errorf("%w: load: %w", ErrNoFileHooks, err)
+	}
+	defer coll.Close()
+	if t.files == nil {
+		t.files = coll.DetachMap("files")
+		if err := t.files.Pin(t.filesPin()); err != nil {
+			return fmt.Errorf("pin map files: %w", err)
+		}
+	}
+	if err := os.RemoveAll(h.dir); err != nil {
+		return err
+	}
+	if err := os.Mkdir(h.dir, 0o700); err != nil {
+		return err
+	}
+	for i := range len(h.hooks) * copies {
+		if err := h.attach(coll, i); err != nil {
+			return err
+		}
+	}
+	return h.save()
+}
+
+func (h *fileHooks) attach(coll *ebpf.Collection, i int) error {
+	p := coll.DetachProgram(h.name(i))
+	if p == nil {
+		return fmt.Errorf("the embedded object has no program %s", h.name(i))
+	}
+	h.progs = append(h.progs, p)
+	l, err := link.AttachTracing(link.TracingOptions{Program: p})
+	if err != nil {
+		return fmt.Errorf("%w: attach %s to %s: %w", ErrNoFileHooks, h.name(i), h.hooks[i/copies].function, err)
+	}
+	h.lnk = append(h.lnk, l)
+	if err := l.Pin(h.pin(i)); err != nil {
+		return fmt.Errorf("pin link of %s: %w", h.name(i), err)
+	}
+	info, err := l.Info()
+	if err != nil {
+		return fmt.Errorf("link of %s: %w", h.name(i), err)
+	}
+	h.ids = append(h.ids, uint32(info.ID))
+	return nil
+}
+
+// save makes the programs complete: without their meta map, nobody adopts them.
+func (h *fileHooks) save() error {
+	meta, err := ebpf.NewMap(&ebpf.MapSpec{
+		Name: "tidemark_fmeta", Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: fmetaWords, Flags: unix.BPF_F_MMAPABLE,
+	})
+	if err != nil {
+		return fmt.Errorf("meta map: %w", err)
+	}
+	defer func() { _ = meta.Close() }()
+	m, err := mapArray(meta)
+	if err != nil {
+		return err
+	}
+	defer m.close()
+	h.instance, h.since = random64(), time.Now()
+	m.words[fmetaInstance], m.words[fmetaSince] = h.instance, uint64(h.since.UnixNano())
+	for i, id := range h.ids {
+		m.words[fmetaLinks+i] = uint64(id)
+	}
+	m.words[fmetaMagic] = headerMagic
+	return meta.Pin(filepath.Join(h.dir, "meta"))
+}
+
+func (t *Tracker) filesPin() string { return filepath.Join(t.dir, "map-files") }
+
+// openFiles opens the map of tracked files; os.ErrNotExist if none ever was.
+func (t *Tracker) openFiles() error {
+	if t.files != nil {
+		return nil
+	}
+	m, err := ebpf.LoadPinnedMap(t.filesPin(), nil)
+	if err != nil {
+		return err
+	}
+	t.files = m
+	return nil
+}
+
+// eachFile calls f for every tracked file until it says false.
+func (t *Tracker) eachFile(f func(filesFileKey, filesImage) bool) error {
+	t.mu.Lock()
+	err := t.openFiles()
+	t.mu.Unlock()
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("map files: %w", err)
+	}
+	var k filesFileKey
+	var v filesImage
+	it := t.files.Iterate()
+	for it.Next(&k, &v) {
+		if !f(k, v) {
+			return nil
+		}
+	}
+	if err := it.Err(); err != nil {
+		return fmt.Errorf("read the files: %w", err)
+	}
+	return nil
+}
+
+func (t *Tracker) findFile(key filesFileKey) (found filesImage, ok bool, err error) {
+	err = t.eachFile(func(k filesFileKey, v filesImage) bool {
+		if k.Dev == key.Dev && k.Ino == key.Ino {
+			found, ok = v, true
+		}
+		return !ok
+	})
+	return found, ok, err
+}
+
+func (t *Tracker) insertFile(key filesFileKey, v filesImage) error {
+	return t.files.Put(key, v)
+}
+
+// removeFile makes the programs forget a file, and detaches them with the last one.
+func (t *Tracker) removeFile(key filesFileKey, fs string) error {
+	if t.files == nil {
+		return nil
+	}
+	if err := t.files.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("forget the file: %w", err)
+	}
+	last := true
+	err := t.eachFile(func(_ filesFileKey, v filesImage) bool {
+		last = v.Fs != fileSystems[fs].number
+		return last
+	})
+	if err != nil || !last {
+		return err
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if h := t.fileHooks[fs]; h != nil {
+		h.close()
+		delete(t.fileHooks, fs)
+	}
+	return os.RemoveAll(filepath.Join(t.dir, "files-"+fs))
+}
