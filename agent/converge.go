@@ -96,7 +96,21 @@ func (c *convergence) needs() time.Duration {
 	return time.Duration(s * 1e9)
 }
 
+// unseen says that writes to one of the disks are neither seen nor ruled out: no instant can be
+// proven then, not even while a guest is paused.
+func (c *convergence) unseen() error {
+	for _, d := range c.disks {
+		if _, err := d.src.Writes(); errors.Is(err, cbt.ErrUncounted) {
+			return fmt.Errorf("%s: %w: %w (%s); shut the VM down, or attach the file with `losetup -f --show FILE` and let the VM use the loop device", d.path, ErrUnseen, err, c.chosen)
+		}
+	}
+	return nil
+}
+
 func (c *convergence) rounds(ctx context.Context) error {
+	if err := c.unseen(); err != nil {
+		return c.giveUp(ctx, err)
+	}
 	stalled := 0
 	type round struct {
 		left    int64
@@ -114,6 +128,10 @@ func (c *convergence) rounds(ctx context.Context) error {
 		}
 		if err := c.advanceAll(ctx); err != nil {
 			return err
+		}
+		// A file that nobody had open for writing may have been opened meanwhile.
+		if err := c.unseen(); err != nil {
+			return c.giveUp(ctx, err)
 		}
 		left := c.pending()
 		if left == 0 {

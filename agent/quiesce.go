@@ -47,6 +47,7 @@ type Pauser interface {
 var (
 	ErrPauseBudget   = errors.New("the pause budget can't be met")
 	ErrInUse         = errors.New("the disk is in use and nothing is known that could pause its user")
+	ErrUnseen        = errors.New("no instant can be proven")
 	ErrQuiesceSyntax = errors.New("quiesce must be auto, qmp=SOCKET, freeze=DIR, pid=PID or none")
 )
 

@@ -255,7 +255,6 @@ func missing(fs string) error {
 		return fmt.Errorf("%w: %w", ErrNoBTF, err)
 	}
 	specs := []*btf.Spec{kernel}
-	// A module that is not loaded, or has no BTF, has none of the functions.
 	if module, err := cache.Module(fs); err == nil {
 		specs = append(specs, module)
 	}
@@ -267,6 +266,9 @@ func missing(fs string) error {
 	}
 	for _, h := range fileSystems[fs].hooks {
 		if !has(h.function) {
+			if _, err := os.Stat("/sys/module/" + fs); err != nil && len(specs) == 1 {
+				return fmt.Errorf("%s is not loaded, nothing on it is mounted", fs)
+			}
 			return fmt.Errorf("it has no function %s, or no BTF for it", h.function)
 		}
 	}
@@ -277,6 +279,38 @@ func missing(fs string) error {
 	}
 	return nil
 }
+
+// CanTrackFiles says why this kernel can't track image files on fs, or nil. It loads a
+// program and attaches nothing. Errors wrap ErrNoFileHooks.
+func CanTrackFiles(fs string) error {
+	if _, ok := fileSystems[fs]; !ok {
+		return fmt.Errorf("%w: not on %s", ErrNoFileHooks, fs)
+	}
+	if err := missing(fs); err != nil {
+		return fmt.Errorf("%w: %w", ErrNoFileHooks, err)
+	}
+	spec, err := filesSpec(fs)
+	if err != nil {
+		return err
+	}
+	for name := range spec.Programs {
+		if name != "put_super_0" {
+			delete(spec.Programs, name)
+		}
+	}
+	coll, err := ebpf.NewCollection(spec)
+	if errors.Is(err, os.ErrPermission) && os.Geteuid() == 0 {
+		return fmt.Errorf("%w: it refuses BPF programs on its functions (fentry)", ErrNoFileHooks)
+	}
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrNoFileHooks, permission(err))
+	}
+	coll.Close()
+	return nil
+}
+
+// FileSystems are those whose image files can be tracked where the kernel lets them.
+func FileSystems() []string { return []string{"ext4", "xfs", "btrfs"} }
 
 func (t *Tracker) attachFiles(fs string, h *fileHooks) (err error) {
 	if err := missing(fs); err != nil {

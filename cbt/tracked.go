@@ -62,7 +62,10 @@ func (s *Tracked) acquire(dev bpf.Target, shift uint) error {
 		s.began = []string{err.Error()}
 		err = s.tracker.Forget(dev)
 	case errors.Is(err, bpf.ErrNotRegistered):
-		s.began = []string{"tracking of it had not begun"}
+		s.began = []string{"tracking of this device had not begun"}
+		if _, ok := dev.(bpf.File); ok {
+			s.began = []string{"tracking of this image file had not begun"}
+		}
 		if why := s.tracker.Fresh(); why != "" {
 			s.began = append(s.began, why)
 		}

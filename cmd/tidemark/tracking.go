@@ -45,6 +45,9 @@ func granuleShift(s string) (uint, error) {
 
 // open is what package agent calls.
 func (s sources) open(_ context.Context, path string) (cbt.Source, error) {
+	if isFile(path) {
+		return s.image(path)
+	}
 	t, err := s.track(path)
 	if err != nil {
 		return nil, err // not t: an interface that holds a nil would not be nil
@@ -52,18 +55,30 @@ func (s sources) open(_ context.Context, path string) (cbt.Source, error) {
 	return t, nil
 }
 
-func (s sources) track(path string) (*tracked, error) {
+func isFile(path string) bool {
 	st, err := os.Stat(path)
-	if err != nil {
+	return err == nil && st.Mode().IsRegular()
+}
+
+// track tracks a device or an image file, or says why it can't be.
+func (s sources) track(path string) (*tracked, error) {
+	if _, err := os.Stat(path); err != nil {
 		return nil, err
 	}
-	if st.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s: %w: an image file; attach it with `losetup -f --show FILE` and let the VM use the loop device", path, bpf.ErrUntrackable)
+	if isFile(path) {
+		if err := rawImage(path); err != nil {
+			return nil, err
+		}
+		return s.trackFile(path)
 	}
 	// Nothing is attached for a device that can't be tracked.
 	if _, err := bpf.Lookup(path); err != nil {
 		return nil, err
 	}
+	return s.attach(path)
+}
+
+func (s sources) attach(path string) (*tracked, error) {
 	tracker, err := bpf.Open(bpf.Options{Dir: s.pins})
 	if err != nil {
 		return nil, err
@@ -143,7 +158,7 @@ func newUntrack(g *globals) *cobra.Command {
 			}
 			defer func() { err = errors.Join(err, tr.Close()) }()
 			for _, path := range devs {
-				dev, err := bpf.Lookup(path)
+				dev, err := bpf.LookupTarget(path)
 				if err != nil {
 					return err
 				}
@@ -221,7 +236,10 @@ func newStatus(g *globals) *cobra.Command {
 
 func trackedRow(s bpf.Status) trackedDevice {
 	name := "(gone)"
-	if s.Name != "" {
+	switch {
+	case s.Image:
+		name = s.Name
+	case s.Name != "":
 		name = "/dev/" + s.Name
 	}
 	return trackedDevice{
