@@ -77,6 +77,16 @@ func (d *device) same(tracked cbt.Evidence) error {
 	if tracked.Device == "" {
 		return nil
 	}
+	if tracked.Method == cbt.MethodFile {
+		h, _, err := unix.NameToHandleAt(int(d.f.Fd()), "", unix.AT_EMPTY_PATH)
+		if err != nil {
+			return fmt.Errorf("which file it is: %w", err)
+		}
+		if opened := fmt.Sprintf("%x:%x", h.Type(), h.Bytes()); opened != tracked.Handle {
+			return fmt.Errorf("file %s was opened, %s is tracked", opened, tracked.Handle)
+		}
+		return nil
+	}
 	var st unix.Stat_t
 	if err := unix.Fstat(int(d.f.Fd()), &st); err != nil {
 		return err
@@ -160,6 +170,9 @@ func (d *device) readAt(p []byte, off int64) error {
 	}
 	begin := time.Now()
 	n, err := d.f.ReadAt(q, off)
+	if errors.Is(err, unix.EIO) {
+		n, err = d.readCached(q, off)
+	}
 	d.nanos.Add(int64(time.Since(begin)))
 	d.bytes.Add(int64(n))
 	if n >= len(p) {
@@ -169,4 +182,17 @@ func (d *device) readAt(p []byte, off int64) error {
 		err = io.ErrUnexpectedEOF // the disk shrank
 	}
 	return fmt.Errorf("read %s at %d: %w", d.path, off, err)
+}
+
+// readCached reads through the page cache what a direct read could not: the kernel fails
+// direct reads of an image file where they meet pages that are just being dirtied
+// (IOMAP_DELALLOC in iomap_dio_iter of fs/iomap/direct-io.c). That they are dirty is
+// marked when they are written back, so the piece is read again.
+func (d *device) readCached(p []byte, off int64) (int, error) {
+	f, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", d.f.Fd()))
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = f.Close() }()
+	return f.ReadAt(p, off)
 }

@@ -26,6 +26,13 @@ type Status struct {
 	Heat         Heat
 }
 
+// Lost counts, by what it was, the events since the tracker was attached that no device can
+// be blamed for.
+func (t *Tracker) Lost() map[string]uint64 {
+	w := t.hostMap.words
+	return map[string]uint64{"no_epoch": w[hostNoEpoch], "passthrough": w[hostPassthrough], "writer_names": w[hostWriters]}
+}
+
 // Status lists the tracked devices and image files. It takes no lock: one that is
 // swapping epochs may be seen half way.
 func (t *Tracker) Status() ([]Status, error) {

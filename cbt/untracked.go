@@ -130,6 +130,9 @@ func (u *Untracked) Changes(ctx context.Context, _ ChangeID) (Delta, error) {
 	return d, nil
 }
 
+// Prepare implements Source.
+func (u *Untracked) Prepare() error { return nil }
+
 // Commit implements Source.
 func (u *Untracked) Commit(ChangeID) error { return nil }
 

@@ -77,7 +77,11 @@ func diskEvidence(b *strings.Builder, d store.Disk) error {
 }
 
 func printSum(line func(what, format string, args ...any), e cbt.Evidence) {
-	line("device", "%s, %s, diskseq %d, granule %s", e.Device, size(e.Size), e.DiskSeq, size(e.Granule))
+	if e.Method == cbt.MethodFile {
+		line("file", "inode %d of %s on %s (device %s), handle %s, %s, granule %s", e.Inode, e.FileSystem, e.Mount, e.Device, e.Handle, size(e.Size), size(e.Granule))
+	} else {
+		line("device", "%s, %s, diskseq %d, granule %s", e.Device, size(e.Size), e.DiskSeq, size(e.Granule))
+	}
 	line("epochs", "%d to %d, %s to %s", e.FirstEpoch, e.LastEpoch, stamp(e.Opened), stamp(e.Closed))
 	line("attached", "%s, boot %s, links %s", stamp(e.Attached), e.BootID, strings.Trim(fmt.Sprint(e.LinkIDs), "[]"))
 	for i, n := range e.LeastMisses {
@@ -90,7 +94,7 @@ func printSum(line func(what, format string, args ...any), e cbt.Evidence) {
 	line("sectors", "%d submitted, %d completed", e.Sectors, e.Landed)
 	if e.KernelSectors != nil {
 		line("kernel's count", "%d sectors", *e.KernelSectors)
-	} else {
+	} else if e.Method != cbt.MethodFile {
 		line("kernel's count", "not kept (queue/iostats is off)")
 	}
 	line("marked", "%d granules, %s", e.Dirty, size(int64(e.Dirty)*e.Granule))

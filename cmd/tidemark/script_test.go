@@ -6,9 +6,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/tidemark/tidemark/bpf"
 )
 
 func TestMain(m *testing.M) {
@@ -16,7 +19,8 @@ func TestMain(m *testing.M) {
 }
 
 // Each file in testdata/script shows one behaviour of the command line. Conditions:
-// [root] BPF programs and loop devices can be used, [fuse] FUSE too.
+// [root] BPF programs and loop devices can be used, [fuse] FUSE too, [filehooks] this kernel
+// can track image files. "hold FILE" opens a file for writing until "release FILE".
 // "loop VAR SIZE" attaches a loop device and puts its path in $VAR.
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
@@ -26,6 +30,8 @@ func TestScripts(t *testing.T) {
 			switch cond {
 			case "root":
 				return os.Geteuid() == 0, nil
+			case "filehooks":
+				return bpf.CanTrackFiles("ext4") == nil, nil
 			case "fuse":
 				_, err := os.Stat("/dev/fuse")
 				return err == nil && os.Geteuid() == 0, nil
@@ -36,7 +42,7 @@ func TestScripts(t *testing.T) {
 			e.Setenv("PINS", fmt.Sprintf("/sys/fs/bpf/tidemark-script-%d-%s", os.Getpid(), filepath.Base(e.WorkDir)))
 			return nil
 		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"loop": loop, "write": write},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"loop": loop, "write": write, "hold": hold, "release": release},
 	})
 }
 
@@ -75,4 +81,28 @@ func write(ts *testscript.TestScript, neg bool, args []string) {
 	defer func() { _ = f.Close() }()
 	_, err = f.WriteAt([]byte(args[1]), 0)
 	ts.Check(err)
+}
+
+// held are the files that scripts have open for writing.
+var held sync.Map
+
+// hold FILE
+func hold(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: hold FILE")
+	}
+	f, err := os.OpenFile(ts.MkAbs(args[0]), os.O_RDWR, 0)
+	ts.Check(err)
+	held.Store(f.Name(), f)
+	ts.Defer(func() { _ = f.Close() })
+}
+
+// release FILE
+func release(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: release FILE")
+	}
+	if f, ok := held.LoadAndDelete(ts.MkAbs(args[0])); ok {
+		ts.Check(f.(*os.File).Close())
+	}
 }
