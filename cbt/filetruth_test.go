@@ -18,6 +18,7 @@ const imageSize = 16 << 20
 // fileTruth feeds a replica from an image file's deltas while it is written to in every way,
 // and returns where the two differ in the end.
 func fileTruth(t *testing.T, fstype string, delay time.Duration, broken bpf.Broken) string {
+	needsFileHooks(t, fstype)
 	file := imageFile(t, mountNew(t, fstype, delay, ""), imageSize)
 	src := openFile(t, bpf.Options{Dir: pinDir(t), Broken: broken}, file)
 	r := &replica{dir: t.TempDir(), dev: file, src: src}
