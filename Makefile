@@ -6,7 +6,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LINT     = $(GO) tool -modfile=tools/go.mod golangci-lint
 FUZZTIME ?= 30s
 
-.PHONY: all build demo test deps generate check-generate lint unit fuzz bench truth vmtest clean help
+.PHONY: all build demo test deps generate check-generate lint unit fuzz bench truth vmtest vmtest-files clean help
 
 all: build
 
@@ -56,6 +56,15 @@ vmtest: ## the tracker's tests under a Debian kernel in QEMU (KERNEL=package)
 	CGO_ENABLED=0 $(GO) test -c -o bin/cbt.test ./cbt
 	$(GO) run ./test/vm/cmd/vmtest -kernel $(or $(KERNEL),linux-image-cloud-amd64) -timeout 20m -modules virtio_pci,virtio_blk,virtio_rng,loop,dm-mod,dm-delay,zram \
 	  $(foreach t,fio losetup sfdisk partx blkdiscard dmsetup,-tool $$(command -v $t)) bin/cbt.test -test.v -test.timeout 19m
+
+vmtest-files: ## image files on ext4, xfs and btrfs under a Debian kernel in QEMU: about 25 minutes
+	test/deps.sh build run
+	mkdir -p bin
+	CGO_ENABLED=0 $(GO) test -c -o bin/cbt.test ./cbt
+	CGO_ENABLED=0 $(GO) test -c -o bin/agent.test ./agent
+	$(GO) run ./test/vm/cmd/vmtest -kernel $(or $(KERNEL),linux-image-cloud-amd64) -timeout 60m -memory 2048 -modules virtio_pci,virtio_blk,virtio_rng,loop,dm-mod,dm-delay,xfs,btrfs \
+	  $(foreach t,fio losetup sfdisk partx blkdiscard dmsetup mkfs.ext4 mkfs.xfs mkfs.btrfs xfs_io chattr,-tool $$(PATH=$$PATH:/usr/sbin:/sbin command -v $t)) \
+	  bin/cbt.test -test.v -test.run '^TestFile' -test.timeout 50m -- bin/agent.test -test.v -test.run 'Image' -test.timeout 15m
 
 clean:
 	rm -rf bin

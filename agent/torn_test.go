@@ -58,8 +58,9 @@ func journal(t *testing.T, dev string, stop <-chan struct{}) (done chan struct{}
 
 // A writer that is not the one that was paused makes the attempt fail; it never makes
 // a torn point that says it is good.
-func TestUnpausedWriterNeverTearsAPoint(t *testing.T) {
-	b := newBench(t)
+func TestUnpausedWriterNeverTearsAPoint(t *testing.T) { neverTorn(t, newBench(t), journal) }
+
+func neverTorn(t *testing.T, b *bench, journal func(t *testing.T, dev string, stop <-chan struct{}) (done chan struct{})) {
 	b.write(t, 0, make([]byte, 16<<20))
 	b.run(t)
 	bystander := exec.Command("sleep", "600")

@@ -39,6 +39,7 @@ tracked here. It changes nothing.`,
 				}
 				all = append(all, f)
 			}
+			all = append(all, imageFindings()...)
 			all = append(all, fuseFindings()...)
 			all = append(all, nbdFinding(), kvmFinding(), qemuFinding())
 			all = append(all, snapshotFindings(g.repo)...)
@@ -64,6 +65,19 @@ tracked here. It changes nothing.`,
 			return nil
 		},
 	}
+}
+
+// imageFindings says on which file systems image files are tracked.
+func imageFindings() []finding {
+	var out []finding
+	for _, fs := range bpf.FileSystems() {
+		f := finding{For: "image files", Check: fs, State: "ok", Note: "tracked by the file system's own operations (fentry)"}
+		if err := bpf.CanTrackFiles(fs); err != nil {
+			f.State, f.Note = "absent", fmt.Sprintf("compared, and only while nobody has them open for writing: %v", err)
+		}
+		out = append(out, f)
+	}
+	return out
 }
 
 func fuseFindings() []finding {
