@@ -355,29 +355,47 @@ func (r *Registration) Swap() (*Epoch, error) {
 // finish writes down what was lost while e was open. It may come late: then it
 // blames e for losses after its end too, never for less than its own.
 func (r *Registration) finish(e *Epoch) error {
-	missed, err := r.t.Misses()
+	loss, missed, err := r.losses(e)
+	if err != nil {
+		return err
+	}
+	counts, err := r.t.counts(r.slot)
 	if err != nil {
 		return err
 	}
 	w := e.mem.words
+	copy(w[hdrMissed:], missed[:])
+	w[hdrSectors] = counts.SubmitSectors - w[hdrSectors]
+	w[hdrLoss] |= uint64(loss)
+	w[hdrClosedAt] = uint64(time.Now().UnixNano())
+	w[hdrClosed] = 1
+	return nil
+}
+
+// losses is what was lost since e was opened, and the events missed.
+func (r *Registration) losses(e *Epoch) (Loss, Misses, error) {
+	missed, err := r.t.Misses()
+	if err != nil {
+		return 0, missed, err
+	}
 	var loss Loss
 	for p := range programs {
 		least := ^uint64(0)
 		for i := p * copies; i < (p+1)*copies; i++ {
-			w[hdrMissed+i] = missed[i] - w[hdrMissBase+i]
-			least = min(least, w[hdrMissed+i])
+			missed[i] -= e.hdr(hdrMissBase + i)
+			least = min(least, missed[i])
 		}
 		if least > 0 {
 			loss |= LossMissed
 		}
 	}
-	if !r.t.intact() || w[hdrInstance] != r.t.instance {
+	if !r.t.intact() || e.hdr(hdrInstance) != r.t.instance {
 		loss |= LossDetached
 	}
-	if r.t.hostMap.words[hostNoEpoch] != w[hdrHostBase] {
+	if r.t.hostMap.words[hostNoEpoch] != e.hdr(hdrHostBase) {
 		loss |= LossHost
 	}
-	if r.t.hostMap.words[hostPassthrough] != w[hdrHostBase+1] {
+	if r.t.hostMap.words[hostPassthrough] != e.hdr(hdrHostBase+1) {
 		loss |= LossPassthrough
 	}
 	now, err := Lookup(r.dev.Path)
@@ -386,15 +404,7 @@ func (r *Registration) finish(e *Epoch) error {
 	} else {
 		loss |= e.changed(now)
 	}
-	counts, err := r.t.counts(r.slot)
-	if err != nil {
-		return err
-	}
-	w[hdrSectors] = counts.SubmitSectors - w[hdrSectors]
-	w[hdrLoss] |= uint64(loss)
-	w[hdrClosedAt] = uint64(time.Now().UnixNano())
-	w[hdrClosed] = 1
-	return nil
+	return loss, missed, nil
 }
 
 // maxRetained bounds the memory of backups that fail again and again.

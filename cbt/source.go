@@ -56,4 +56,5 @@ type Evidence struct {
 	Attached    time.Time `json:"attached,omitzero"`
 	LinkIDs     []uint32  `json:"link_ids,omitempty"`
 	LeastMisses []uint64  `json:"least_misses,omitempty"` // per program, the copy that missed least: all 0 or the epoch is unknown
+	Missed      []uint64  `json:"missed,omitempty"`       // of an audit: per program and copy, in the current epoch
 }
