@@ -362,8 +362,8 @@ func (d *diskAudit) alarm(ctx context.Context) error {
 	}
 	ctx = context.WithoutCancel(ctx)
 	m := d.out.Mismatches[0]
-	alarm := fmt.Errorf("%s: %w: %d granules are not what %s@%s holds, and no write to them was recorded; the first is at byte %d, length %d, BLAKE3 %s on the disk, %s in the point",
-		d.out.Path, ErrUnrecorded, d.out.Mismatched, d.VM, d.point.ID, m.Grains[0].Off, m.Grains[0].Len, m.Grains[0].Disk, m.Grains[0].Point)
+	alarm := fmt.Errorf("%s: %w: granules that are not what the point holds, without a write recorded to them: %d; the first at byte %d, length %d, BLAKE3 %s on the disk, %s in %s@%s",
+		d.out.Path, ErrUnrecorded, d.out.Mismatched, m.Grains[0].Off, m.Grains[0].Len, m.Grains[0].Disk, m.Grains[0].Point, d.VM, d.point.ID)
 	var err error
 	if d.out.Trusted, err = d.trusted(ctx, d.disk.Name); err != nil {
 		err = fmt.Errorf("find the points that may be wrong: %w", err)

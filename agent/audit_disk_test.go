@@ -21,7 +21,8 @@ type fakeTracker struct {
 	size   int64
 	marks  []uint64 // nil: nothing changed
 	marked func(off int64) bool
-	lost   error // of all Marks but the first
+	lost   error    // of all Marks but the first
+	later  []uint64 // more marks, of all Marks but the first
 	asked  int
 	doubts int
 }
@@ -32,6 +33,7 @@ func (f *fakeTracker) Marks(cbt.ChangeID) (cbt.Bitmap, cbt.Evidence, error) {
 	bm.Or(f.marks)
 	var err error
 	if f.asked > 1 {
+		bm.Or(f.later)
 		err = f.lost
 	}
 	return bm, cbt.Evidence{Method: "none", Size: f.size}, err
@@ -143,6 +145,17 @@ func TestMarkedMeanwhileIsVoid(t *testing.T) {
 				t.Errorf("%v: %+v, distrusted %d times", err, d, tr.doubts)
 			}
 		})
+	}
+}
+
+// A granule that is written after it was read is none of those that stayed unchanged.
+func TestMarkedLaterIsNoSample(t *testing.T) {
+	a, _, tr := fakeDisk(t, 640)
+	tr.marks, tr.later = []uint64{1}, []uint64{0, 7 << 20}
+	a.All = true
+	r, err := a.Run(t.Context())
+	if d := r.Disks[0]; err != nil || d.Unchanged != 636 || d.Good != 636 || d.Sampled != 639 || d.Void != 3 || !d.Exact {
+		t.Errorf("%v: %+v", err, d)
 	}
 }
 
