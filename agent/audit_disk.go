@@ -362,7 +362,7 @@ func (d *diskAudit) alarm(ctx context.Context) error {
 	}
 	ctx = context.WithoutCancel(ctx)
 	m := d.out.Mismatches[0]
-	alarm := fmt.Errorf("%s: %w: granules that are not what the point holds, without a write recorded to them: %d; the first at byte %d, length %d, BLAKE3 %s on the disk, %s in %s@%s",
+	alarm := fmt.Errorf("%s: %w (granules: %d): at byte %d, length %d, BLAKE3 %s on the disk, %s in %s@%s",
 		d.out.Path, ErrUnrecorded, d.out.Mismatched, m.Grains[0].Off, m.Grains[0].Len, m.Grains[0].Disk, m.Grains[0].Point, d.VM, d.point.ID)
 	var err error
 	if d.out.Trusted, err = d.trusted(ctx, d.disk.Name); err != nil {

@@ -40,11 +40,15 @@ func (d *diskAudit) keep() (dir string, err error) {
 	if err != nil {
 		return "", err
 	}
-	// It holds the guest's data.
-	if err := os.MkdirAll(d.Evidence, 0o700); err != nil {
+	parent, err := filepath.Abs(d.Evidence)
+	if err != nil {
 		return "", err
 	}
-	tmp, err := os.MkdirTemp(d.Evidence, ".writing-")
+	// It holds the guest's data.
+	if err := os.MkdirAll(parent, 0o700); err != nil {
+		return "", err
+	}
+	tmp, err := os.MkdirTemp(parent, ".writing-")
 	if err != nil {
 		return "", err
 	}
@@ -64,11 +68,11 @@ func (d *diskAudit) keep() (dir string, err error) {
 	if err := syncPath(tmp); err != nil {
 		return "", err
 	}
-	dir = filepath.Join(d.Evidence, fmt.Sprintf("%s-%s-%s", doc.Written.Format("20060102T150405.000000000Z"), d.VM, d.disk.Name))
+	dir = filepath.Join(parent, fmt.Sprintf("%s-%s-%s", doc.Written.Format("20060102T150405.000000000Z"), d.VM, d.disk.Name))
 	if err := os.Rename(tmp, dir); err != nil {
 		return "", err
 	}
-	return dir, errors.Join(syncPath(d.Evidence), syncPath(filepath.Dir(d.Evidence)))
+	return dir, errors.Join(syncPath(parent), syncPath(filepath.Dir(parent)))
 }
 
 // proc reads one of the kernel's names for this host; empty if it has none.

@@ -194,7 +194,7 @@ func TestAuditFindsWhatWasMissed(t *testing.T) {
 	if !errors.Is(err, agent.ErrUnrecorded) {
 		t.Fatalf("got %v: %+v", err, r)
 	}
-	for _, want := range []string{b.dev, "BLAKE3", "length 65536", "to them: 3;"} {
+	for _, want := range []string{b.dev, "BLAKE3", "length 65536", "(granules: 3)"} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("the alarm doesn't say %q: %v", want, err)
 		}

@@ -118,6 +118,10 @@ func auditSummary(w io.Writer, r agent.AuditResult) error {
 	fmt.Fprintf(&b, "%s@%s  audited in %s, seed %d\n", r.VM, r.Point, short(r.Took), r.Seed)
 	for _, d := range r.Disks {
 		n := humanize.Comma
+		if d.Granules == 0 {
+			fmt.Fprintf(&b, "  %s: not audited\n", d.Path)
+			continue
+		}
 		fmt.Fprintf(&b, "  %s: %s: %s of %s granules unchanged, %s read (%s), %s void\n", d.Path, verdict(d),
 			n(d.Unchanged), n(d.Granules), n(d.Sampled), size(d.Read), n(d.Void))
 		if d.Early != "" {
@@ -138,7 +142,9 @@ func auditSummary(w io.Writer, r agent.AuditResult) error {
 			if d.Evidence != "" {
 				fmt.Fprintf(&b, "    evidence: %s\n", d.Evidence)
 			}
-			fmt.Fprintf(&b, "    points made after %s@%s, the last that read the whole disk, may hold old content there\n", r.VM, d.Trusted)
+			if d.Trusted != "" {
+				fmt.Fprintf(&b, "    points made after %s@%s, the last that read the whole disk, may hold old content there\n", r.VM, d.Trusted)
+			}
 		}
 	}
 	_, err := io.WriteString(w, b.String())

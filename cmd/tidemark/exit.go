@@ -61,9 +61,9 @@ func message(err error) string {
 		err  error
 		hint string
 	}{
-		{agent.ErrUnrecorded, "make a backup now: it compares the whole disk. Keep the evidence and report it. Is something writing below the device, or from another host?"},
+		{agent.ErrUnrecorded, "make a backup now: it compares the whole disk. Keep the evidence. Does something write below the device, or from another host? If not, this is a bug of the worst kind: report it"},
 		{agent.ErrNotAuditable, "`tidemark backup` makes a point that an audit can be held against"},
-		{cbt.ErrUnproven, "that is no finding against the tracker: the next `tidemark backup` compares the whole disk, and after it an audit is possible again"},
+		{cbt.ErrUnproven, "so nothing was compared: the next `tidemark backup` reads the whole disk, and after it an audit is possible again"},
 		{bpf.ErrPermission, "run it as root, or with sudo"},
 		{bpf.ErrNoBTF, "run `tidemark doctor` to see what this kernel can do"},
 		{bpf.ErrPartition, "VMs that use a partition as their disk are not tracked yet"},
