@@ -17,7 +17,6 @@ type auditEvidence struct {
 	Tool      string       `json:"tool"`
 	Host      string       `json:"host"`
 	Kernel    string       `json:"kernel"`
-	BootID    string       `json:"boot_id"`
 	VM        string       `json:"vm"`
 	Point     string       `json:"point"`
 	PointTime time.Time    `json:"point_time"`
@@ -32,7 +31,7 @@ type auditEvidence struct {
 // is there as a whole or not at all.
 func (d *diskAudit) keep() (dir string, err error) {
 	doc := auditEvidence{
-		Tool: d.Tool, BootID: proc("random/boot_id"), Kernel: proc("osrelease"), Host: proc("hostname"),
+		Tool: d.Tool, Kernel: proc("osrelease"), Host: proc("hostname"),
 		VM: d.VM, Point: d.point.ID, PointTime: d.point.Time, ChangeID: d.disk.ChangeID, Written: time.Now().UTC(),
 		Seed: d.Seed, Tracker: d.evidence, Disk: d.out,
 	}

@@ -9,8 +9,12 @@ import (
 type Live struct {
 	Bitmap []uint64 // a copy; bits only ever come in until the epoch is closed
 	Taint  Taint
-	Loss   Loss   // so far
-	Missed Misses // so far, per program and copy
+	Loss   Loss   // so far, as all below
+	Missed Misses // per program and copy
+
+	Sectors, Landed uint64 // submitted and completed, 512 bytes each
+	Kernel          uint64 // counted by the kernel's own statistics
+	Counting        bool   // Kernel is known
 }
 
 // Live looks at the current epoch without closing it. The bitmap is copied before
@@ -18,8 +22,9 @@ type Live struct {
 func (r *Registration) Live() (Live, error) {
 	l := Live{Bitmap: slices.Clone(r.current.Bitmap())}
 	l.Taint = Taint(atomic.LoadUint64(&r.current.mem.words[hdrTaint]))
-	var err error
-	l.Loss, l.Missed, err = r.losses(r.current)
+	so, err := r.soFar(r.current)
+	l.Loss, l.Missed = so.loss, so.missed
+	l.Sectors, l.Landed, l.Kernel, l.Counting = so.sectors, so.landed, so.kernel, so.counting
 	return l, err
 }
 

@@ -68,11 +68,15 @@ func (s *Tracked) Marks(since ChangeID) (Bitmap, Evidence, error) {
 	if err != nil {
 		return Bitmap{}, Evidence{}, err
 	}
-	bm := Bitmap{Words: live.Bitmap, Shift: s.reg.GranuleShift(), Size: s.reg.Device().Size}
+	dev := s.reg.Device()
+	bm := Bitmap{Words: live.Bitmap, Shift: s.reg.GranuleShift(), Size: dev.Size}
 	ids := s.tracker.LinkIDs()
 	ev := Evidence{
-		Method: "ebpf", Device: s.reg.Device().Number(), Granule: s.Granule(), Size: bm.Size,
-		DiskSeq: s.reg.Device().DiskSeq, Attached: s.tracker.Since(), LinkIDs: ids[:],
+		Method: "ebpf", Device: dev.Number(), Granule: s.Granule(), Size: dev.Size, DiskSeq: dev.DiskSeq,
+		Attached: s.tracker.Since(), LinkIDs: ids[:], Programs: bpf.ProgramNames(),
+	}
+	if ev.BootID, err = s.tracker.BootID(); err != nil {
+		return Bitmap{}, Evidence{}, err
 	}
 	for _, e := range epochs {
 		why = append(why, judge(e)...)
@@ -80,17 +84,32 @@ func (s *Tracked) Marks(since ChangeID) (Bitmap, Evidence, error) {
 		ev.add(e)
 	}
 	why = append(append(why, live.Taint.Reasons()...), live.Loss.Reasons()...)
-	ev.addMisses(live.Missed)
-	ev.Missed = live.Missed[:]
-	ev.LastEpoch = current
-	if ev.FirstEpoch == 0 {
-		ev.FirstEpoch = current
-	}
+	ev.addLive(live, current)
 	ev.Dirty = bm.count()
 	if len(why) > 0 {
-		return bm, ev, unproven(s.reg.Device().Path, why)
+		return bm, ev, unproven(dev.Path, why)
 	}
 	return bm, ev, nil
+}
+
+// addLive adds the current epoch.
+func (v *Evidence) addLive(live bpf.Live, number uint64) {
+	switch {
+	case !live.Counting:
+		v.KernelSectors = nil
+	case v.KernelSectors != nil:
+		*v.KernelSectors += live.Kernel
+	case v.FirstEpoch == 0:
+		v.KernelSectors = &live.Kernel
+	}
+	if v.FirstEpoch == 0 {
+		v.FirstEpoch = number
+	}
+	v.LastEpoch = number
+	v.Sectors += live.Sectors
+	v.Landed += live.Landed
+	v.addMisses(live.Missed)
+	v.Missed = live.Missed[:]
 }
 
 // Marked implements Auditor.
