@@ -52,7 +52,7 @@ func (d *draw) one() int64 {
 	}
 }
 
-// run returns the next at most most granules in a row, ascending. It is not for use
+// run returns the next granules in a row, ascending, but not more than most. It is not for use
 // beside one. The caller has checked that one is left.
 func (d *draw) run(most int64) (first, n int64) {
 	free := func(g int64) bool { return g < int64(d.n) && d.taken[g/64]>>(g%64)&1 == 0 }
