@@ -117,7 +117,17 @@ func (d *diskAudit) open(ctx context.Context) (err error) {
 	if d.dev.size != root.Size {
 		return fmt.Errorf("%s: %w: it has %d bytes, at the last point it had %d", path, ErrNotAuditable, d.dev.size, root.Size)
 	}
-	d.src, err = d.Source(ctx, path)
+	if d.src, err = d.Source(ctx, path); err != nil {
+		return err
+	}
+	// A backup that ended before the device was held has given up what the point needs.
+	p, err := d.lastPoint(ctx)
+	if err == nil && p.ID != d.point.ID {
+		err = fmt.Errorf("%s: %w: a backup has made another point meanwhile, audit again", path, ErrNotAuditable)
+	}
+	if err != nil {
+		err = errors.Join(err, d.src.Close())
+	}
 	return err
 }
 

@@ -367,3 +367,27 @@ func TestAuditWithoutGround(t *testing.T) {
 		})
 	}
 }
+
+// A backup that slips in before the audit holds the device is no reason to blame the tracker.
+func TestAuditBesideABackup(t *testing.T) {
+	b := newBench(t)
+	b.run(t)
+	a := b.audit(t)
+	a.Source = func(ctx context.Context, path string) (cbt.Auditor, error) {
+		b.write(t, 1<<20, []byte("changed"))
+		b.run(t)
+		return b.auditor(ctx, path)
+	}
+	if r, err := a.Run(t.Context()); !errors.Is(err, agent.ErrNotAuditable) || !strings.Contains(err.Error(), "another point meanwhile") {
+		t.Errorf("%v: %+v", err, r)
+	}
+	// While it holds the device, no backup runs.
+	a.Source = func(ctx context.Context, path string) (cbt.Auditor, error) {
+		src, err := b.auditor(ctx, path)
+		if _, err := b.job.Run(ctx); !errors.Is(err, bpf.ErrBusy) {
+			t.Errorf("a backup beside the audit: %v", err)
+		}
+		return src, err
+	}
+	wantClean(t, a)
+}

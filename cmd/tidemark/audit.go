@@ -31,8 +31,8 @@ func newAudit(g *globals) *cobra.Command {
 NAME that are unchanged since its last point, as the tracker says, and compare them
 with the point. What was missed at any time since a backup last read the whole disk shows.
 
-Granules are chosen by chance. How much that proves is printed: "fewer than 187 of
-16,128 with 95 % confidence" for 256 good ones. That is the hypergeometric bound, about
+Granules are chosen by chance. How much that proves is printed: "fewer than 188 of
+16,284 with 95 % confidence" for 256 good ones. That is the hypergeometric bound, about
 3/256 of them all. --all reads every unchanged granule, and then the answer is exact. A
 granule that is written meanwhile says nothing: it is void. The guest is not paused, and
 no epoch is closed.
