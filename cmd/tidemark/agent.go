@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 
 	"github.com/tidemark/tidemark/agent"
@@ -71,7 +72,8 @@ least. What it finds is logged as an error, and counted in tidemark_audit_mismat
 			}
 			a := &agent.Agent{
 				Config: cfg, Repo: repo, Source: src.open, Auditor: src.adopt, Tool: toolName(), Log: log,
-				Ready: func(addr net.Addr) { log.Info("serving metrics", "address", addr.String()) },
+				Collectors: []prometheus.Collector{trackerMetrics{g.pins}},
+				Ready:      func(addr net.Addr) { log.Info("serving metrics", "address", addr.String()) },
 			}
 			return a.Run(c.Context())
 		},
