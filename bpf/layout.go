@@ -71,7 +71,8 @@ const (
 	BrokenNoDirect                       // image files: the end of direct I/O doesn't mark
 )
 
-// Taint says why an epoch's bitmap may lack a write: bits set by the programs.
+// Taint says why an epoch's bitmap may lack a write: bits set while it is open, by the programs but
+// for TaintAudit.
 type Taint uint64
 
 // Bits of Taint.
@@ -86,6 +87,9 @@ const (
 	TaintIoctl
 	TaintUnmount
 	TaintFolio
+
+	// TaintAudit is set by userspace, see [Registration.Taint].
+	TaintAudit Taint = 1 << 30
 )
 
 // Loss says why an epoch's bitmap may lack a write: found when it was closed.
@@ -114,6 +118,7 @@ var taintText = map[Taint]string{
 	TaintIoctl:       "a request to the file system that may have changed the image file (ioctl)",
 	TaintUnmount:     "the image file's file system was unmounted",
 	TaintFolio:       "a page of unknown size was written back",
+	TaintAudit:       "an audit found a change that was not recorded",
 }
 
 var lossText = map[Loss]string{

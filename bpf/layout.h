@@ -35,6 +35,7 @@
 #define TAINT_IOCTL (1 << 7)	   // an image file: a request to the file system that may change it
 #define TAINT_UNMOUNT (1 << 8)	   // an image file: its file system was unmounted
 #define TAINT_FOLIO (1 << 9)	   // an image file: a large page of unknown size was written back
+#define TAINT_AUDIT (1 << 30)	   // set by userspace: an audit found a change without a mark
 
 // Words of the host map.
 #define HOST_WORDS 8

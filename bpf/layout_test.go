@@ -32,6 +32,7 @@ func TestLayoutMatchesHeader(t *testing.T) {
 		"TAINT_PASSTHROUGH": uint64(TaintPassthrough), "TAINT_OPCODE": uint64(TaintOpcode), "TAINT_DISCARDS": uint64(TaintDiscards), "TAINT_UNSEEN": uint64(TaintUnseen),
 		"TAINT_IOCTL": uint64(TaintIoctl), "TAINT_UNMOUNT": uint64(TaintUnmount), "TAINT_FOLIO": uint64(TaintFolio),
 		"BROKEN_NO_WRITEBACK": uint64(BrokenNoWriteback), "BROKEN_NO_DIRECT": uint64(BrokenNoDirect),
+		"TAINT_AUDIT": uint64(TaintAudit),
 	} {
 		if got, ok := header[name]; !ok || got != want {
 			t.Errorf("%s is %d in layout.h, %d in layout.go", name, got, want)

@@ -52,6 +52,9 @@ func (r *Registration) ID() string { return fmt.Sprintf("%016x%016x", r.id[0], r
 // GranuleShift is the base-2 logarithm of the granule in bytes.
 func (r *Registration) GranuleShift() uint { return r.current.GranuleShift() }
 
+// Size is that of the device or file when it was registered, in bytes.
+func (r *Registration) Size() int64 { return r.current.Size() }
+
 // Current is the number of the epoch in which writes are marked now.
 func (r *Registration) Current() uint64 { return r.current.Last() }
 
@@ -399,54 +402,75 @@ func (r *Registration) Swap() (*Epoch, error) {
 // finish writes down what was lost while e was open. It may come late: then it
 // blames e for losses after its end too, never for less than its own.
 func (r *Registration) finish(e *Epoch) error {
-	missed, err := r.programs.missed()
+	so, err := r.soFar(e)
 	if err != nil {
 		return err
 	}
 	w := e.mem.words
-	var loss Loss
-	for p := range len(missed) / copies {
+	copy(w[hdrMissed:], so.missed)
+	w[hdrSectors], w[hdrLanded], w[hdrKernel] = so.sectors, so.landed, so.kernel
+	if !so.counting {
+		w[hdrCounting] = 0
+	}
+	w[hdrLoss] |= uint64(so.loss)
+	w[hdrClosedAt] = uint64(time.Now().UnixNano())
+	w[hdrClosed] = 1
+	return nil
+}
+
+// soFar is what happened since an epoch was opened.
+type soFar struct {
+	loss                    Loss
+	missed                  []uint64
+	sectors, landed, kernel uint64
+	counting                bool // kernel is known
+}
+
+// soFar looks at e, which was not closed yet.
+func (r *Registration) soFar(e *Epoch) (so soFar, err error) {
+	if so.missed, err = r.programs.missed(); err != nil {
+		return so, err
+	}
+	for p := range len(so.missed) / copies {
 		least := ^uint64(0)
 		for i := p * copies; i < (p+1)*copies; i++ {
-			w[hdrMissed+i] = missed[i] - w[hdrMissBase+i]
-			least = min(least, w[hdrMissed+i])
+			so.missed[i] -= e.hdr(hdrMissBase + i)
+			least = min(least, so.missed[i])
 		}
 		if least > 0 {
-			loss |= LossMissed
+			so.loss |= LossMissed
 		}
 	}
-	if !r.programs.intact() || w[hdrInstance] != r.programs.instanceID() {
-		loss |= LossDetached
+	if !r.programs.intact() || e.hdr(hdrInstance) != r.programs.instanceID() {
+		so.loss |= LossDetached
 	}
-	if r.t.hostMap.words[hostNoEpoch] != w[hdrHostBase] {
-		loss |= LossHost
+	if r.t.hostMap.words[hostNoEpoch] != e.hdr(hdrHostBase) {
+		so.loss |= LossHost
 	}
-	if r.t.hostMap.words[hostPassthrough] != w[hdrHostBase+1] {
-		loss |= LossPassthrough
+	if r.t.hostMap.words[hostPassthrough] != e.hdr(hdrHostBase+1) {
+		so.loss |= LossPassthrough
 	}
 	now, err := r.what.again()
 	if err != nil || now.id() != r.what.id() {
-		loss |= LossReplaced
+		so.loss |= LossReplaced
 	} else {
-		loss |= now.changed(e)
+		so.loss |= now.changed(e)
 	}
 	kernel, counting := r.what.kernelSectors()
 	counts, err := r.t.counts(r.slot)
 	if err != nil {
-		return err
+		return so, err
 	}
-	w[hdrSectors] = counts.SubmitSectors - w[hdrSectors]
-	w[hdrLanded] = counts.CompleteSectors - w[hdrLanded]
-	if w[hdrKernel] = kernel - w[hdrKernel]; !counting {
-		w[hdrKernel], w[hdrCounting] = 0, 0
+	so.sectors = counts.SubmitSectors - e.hdr(hdrSectors)
+	so.landed = counts.CompleteSectors - e.hdr(hdrLanded)
+	if so.counting = counting && e.hdr(hdrCounting) == 1; !so.counting {
+		return so, nil
 	}
-	if w[hdrCounting] == 1 && countedAll(w[hdrMissed:]) && uncounted(w[hdrKernel], w[hdrSectors], w[hdrLanded], runtime.NumCPU()) {
-		loss |= LossUncounted
+	so.kernel = kernel - e.hdr(hdrKernel)
+	if countedAll(so.missed) && uncounted(so.kernel, so.sectors, so.landed, runtime.NumCPU()) {
+		so.loss |= LossUncounted
 	}
-	w[hdrLoss] |= uint64(loss)
-	w[hdrClosedAt] = uint64(time.Now().UnixNano())
-	w[hdrClosed] = 1
-	return nil
+	return so, nil
 }
 
 // maxRetained bounds the memory of backups that fail again and again.

@@ -39,12 +39,19 @@ func OpenTracked(tracker *bpf.Tracker, path string, shift uint) (*Tracked, error
 	if err := s.acquire(dev, shift); err != nil {
 		return nil, err
 	}
-	if _, ok := dev.(bpf.File); ok {
-		if s.file, err = os.Open(path); err != nil {
-			return nil, errors.Join(err, s.reg.Close())
-		}
+	return s, s.openFile(dev)
+}
+
+// openFile opens an image file, to write back what is in the page cache. If that fails, s is closed.
+func (s *Tracked) openFile(what bpf.Target) error {
+	if _, ok := what.(bpf.File); !ok {
+		return nil
 	}
-	return s, nil
+	var err error
+	if s.file, err = os.Open(what.Label()); err != nil {
+		return errors.Join(err, s.reg.Close())
+	}
+	return nil
 }
 
 func (s *Tracked) acquire(dev bpf.Target, shift uint) error {
@@ -89,7 +96,7 @@ func (s *Tracked) Changes(ctx context.Context, since ChangeID) (Delta, error) {
 	if err := ctx.Err(); err != nil {
 		return Delta{}, err
 	}
-	if err := s.writeBack(); err != nil {
+	if err := s.writeBack(0, 0); err != nil {
 		return Delta{}, err
 	}
 	closed, err := s.reg.Swap()
@@ -101,17 +108,10 @@ func (s *Tracked) Changes(ctx context.Context, since ChangeID) (Delta, error) {
 	}
 	s.reg.Fold()
 	d := Delta{ID: ChangeID{s.reg.ID(), closed.Last()}}
-	d.Evidence = Evidence{
-		Method: "ebpf", Device: s.reg.Target().Number(), Closed: closed.Closed(), LastEpoch: closed.Last(), Granule: s.Granule(), Size: closed.Size(), DiskSeq: closed.DiskSeq(),
-		Attached: s.reg.Attached(), LinkIDs: s.reg.LinkIDs(), Programs: s.reg.ProgramNames(),
-	}
-	if f, ok := s.reg.Target().(bpf.File); ok {
-		d.Evidence.Method, d.Evidence.DiskSeq = MethodFile, 0
-		d.Evidence.FileSystem, d.Evidence.Mount, d.Evidence.Inode, d.Evidence.Handle = f.FS, f.Mount, f.Inode, f.Handle
-	}
-	if d.Evidence.BootID, err = s.tracker.BootID(); err != nil {
+	if d.Evidence, err = s.evidence(); err != nil {
 		return Delta{}, err
 	}
+	d.Evidence.Closed, d.Evidence.LastEpoch = closed.Closed(), closed.Last()
 
 	epochs, why := s.since(since, closed.Last())
 	d.Unknown = why
@@ -132,14 +132,31 @@ func (s *Tracked) Changes(ctx context.Context, since ChangeID) (Delta, error) {
 	return d, nil
 }
 
-// writeBack lets out what an image file has in the page cache. Stores through a mapping are
-// marked when writeback takes their page: what came before this is marked before the swap.
-func (s *Tracked) writeBack() error {
+// evidence is what the judgement rests on, without what each epoch adds to it.
+func (s *Tracked) evidence() (Evidence, error) {
+	boot, err := s.tracker.BootID()
+	e := Evidence{
+		Method: "ebpf", Device: s.reg.Target().Number(), Granule: s.Granule(), Size: s.reg.Size(),
+		BootID: boot, Attached: s.reg.Attached(), LinkIDs: s.reg.LinkIDs(), Programs: s.reg.ProgramNames(),
+	}
+	switch what := s.reg.Target().(type) {
+	case bpf.Device:
+		e.DiskSeq = what.DiskSeq
+	case bpf.File:
+		e.Method, e.FileSystem, e.Mount, e.Inode, e.Handle = MethodFile, what.FS, what.Mount, what.Inode, what.Handle
+	}
+	return e, err
+}
+
+// writeBack lets out what an image file has in the page cache of n bytes at off, 0 bytes for all
+// that follows. Stores through a mapping are marked when writeback takes their page:
+// what came before this is marked when it returns.
+func (s *Tracked) writeBack(off, n int64) error {
 	if s.file == nil {
 		return nil
 	}
 	const all = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
-	if err := unix.SyncFileRange(int(s.file.Fd()), 0, 0, all); err != nil {
+	if err := unix.SyncFileRange(int(s.file.Fd()), off, n, all); err != nil {
 		return fmt.Errorf("write back %s: %w", s.file.Name(), err)
 	}
 	return nil
@@ -221,7 +238,11 @@ func (v *Evidence) add(e *bpf.Epoch) {
 	v.Dirty += e.Dirty()
 	v.Sectors += e.Sectors()
 	v.Landed += e.Landed()
-	missed := e.Missed()
+	v.addMisses(e.Missed())
+}
+
+// addMisses adds, per program, what the copy that missed least has missed.
+func (v *Evidence) addMisses(missed []uint64) {
 	if v.LeastMisses == nil {
 		v.LeastMisses = make([]uint64, len(v.Programs))
 	}
