@@ -13,6 +13,7 @@ type Status struct {
 	Major, Minor uint32
 	Name         string // kernel name now, empty if the device is gone; of an image file, where it lies
 	Image        bool   // an image file; Major and Minor are its file system's
+	Inode        uint64 // of an image file
 	Size         int64  // bytes, when registered
 	Granule      int64  // bytes
 	Epoch        uint64 // current
@@ -24,6 +25,15 @@ type Status struct {
 	Loss         Loss
 	Counts       Counts
 	Heat         Heat
+}
+
+// Is tells whether s speaks of what.
+func (s Status) Is(what Target) bool {
+	if what.Number() != fmt.Sprintf("%d:%d", s.Major, s.Minor) {
+		return false
+	}
+	f, file := what.(File)
+	return file == s.Image && (!file || f.Inode == s.Inode)
 }
 
 // Lost counts, by what it was, the events since the tracker was attached that no device can
@@ -59,7 +69,7 @@ func (t *Tracker) Status() ([]Status, error) {
 		return out, err
 	}
 	each := t.eachFile(func(k filesFileKey, f filesImage) bool {
-		s := Status{Major: uint32(k.Dev >> 20), Minor: uint32(k.Dev & (1<<20 - 1)), Granule: 1 << f.GranuleShift, Image: true}
+		s := Status{Major: uint32(k.Dev >> 20), Minor: uint32(k.Dev & (1<<20 - 1)), Granule: 1 << f.GranuleShift, Image: true, Inode: k.Ino}
 		s.Name = fmt.Sprintf("inode %d of a file system that is not mounted here", k.Ino)
 		_ = mounts(func(_ uint64, m mount) bool {
 			if m.dev == k.Dev {

@@ -22,7 +22,7 @@ func newBackup(g *globals) *cobra.Command {
 		inconsistent bool
 	}
 	c := &cobra.Command{
-		Use:   "backup NAME --disk DEV [--disk DEV...] -r REPO",
+		Use:   "backup NAME --disk DEV|FILE [--disk ...] -r REPO",
 		Short: "Make a restore point of a VM",
 		Long: `Make a restore point of the VM called NAME: all of its disks at one instant.
 
@@ -85,7 +85,7 @@ nothing was written meanwhile. --quiesce says how to pause:
 		},
 	}
 	f := c.Flags()
-	f.StringArrayVar(&o.disks, "disk", nil, "block device of the VM; repeat for more, always in the same order")
+	f.StringArrayVar(&o.disks, "disk", nil, "block device or raw image file of the VM; repeat for more, always in the same order")
 	f.StringVar(&o.quiesce, "quiesce", "auto", "how to pause: auto, qmp=SOCKET, freeze=DIR, pid=PID or none")
 	f.DurationVar(&o.budget, "pause-budget", agent.DefaultPauseBudget, "how long the guest may stand still")
 	f.StringVar(&o.granule, "granule", "64KiB", "tracking granule of a device that is not tracked yet")

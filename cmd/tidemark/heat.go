@@ -97,12 +97,12 @@ func (g *globals) devices(c *cobra.Command, names []string) (devs []string, err 
 }
 
 func heatOf(all []bpf.Status, path string) (deviceHeat, error) {
-	dev, err := bpf.Lookup(path)
+	what, err := bpf.LookupTarget(path)
 	if err != nil {
 		return deviceHeat{}, err
 	}
 	for _, s := range all {
-		if s.Major == dev.Major && s.Minor == dev.Minor {
+		if s.Is(what) {
 			return deviceHeat{
 				Device: path, Size: s.Size, Since: clock(s.Since), Writes: s.Counts.Submits, Written: s.Counts.SubmitSectors * 512,
 				Discards: s.Counts.DiscardSectors * 512, Rewrites: s.Counts.RewriteSectors * 512, Region: s.Heat.Region, Heat: s.Heat.Bytes,

@@ -118,11 +118,11 @@ func (s sources) check() error {
 func newTrack(g *globals) *cobra.Command {
 	var granule string
 	c := &cobra.Command{
-		Use:   "track DEV...",
-		Short: "Start tracking the writes to block devices",
-		Long: `Start tracking the writes to block devices. Tracking goes on in the kernel until
-untrack or reboot, whether or not a tidemark process runs, and whether or not a VM
-uses the device.`,
+		Use:   "track DEV|FILE...",
+		Short: "Start tracking the writes to block devices and image files",
+		Long: `Start tracking the writes to block devices, and to raw image files where the kernel
+can do that (see doctor). Tracking goes on in the kernel until untrack or reboot,
+whether or not a tidemark process runs, and whether or not a VM uses the disk.`,
 		Example: "  tidemark track /dev/loop0\n  tidemark track /dev/vg0/web1 /dev/vg0/web1-data --granule 16KiB",
 		Args:    args(1, -1),
 		RunE: func(c *cobra.Command, devs []string) error {
@@ -156,7 +156,7 @@ uses the device.`,
 func newUntrack(g *globals) *cobra.Command {
 	var all bool
 	c := &cobra.Command{
-		Use:   "untrack DEV... | --all",
+		Use:   "untrack DEV|FILE... | --all",
 		Short: "Stop tracking; the next backup compares the whole disk",
 		Example: `  tidemark untrack /dev/loop0
   tidemark untrack --all      # detaches the programs too`,
@@ -213,7 +213,7 @@ type trackedDevice struct {
 func newStatus(g *globals) *cobra.Command {
 	return &cobra.Command{
 		Use:   "status",
-		Short: "List the tracked devices",
+		Short: "List the tracked devices and image files",
 		Args:  args(0, 0),
 		RunE: func(c *cobra.Command, _ []string) (err error) {
 			rows := []trackedDevice{}
@@ -259,8 +259,12 @@ func trackedRow(s bpf.Status) trackedDevice {
 	case s.Name != "":
 		name = "/dev/" + s.Name
 	}
+	number := fmt.Sprintf("%d:%d", s.Major, s.Minor)
+	if s.Image {
+		number += fmt.Sprintf("/%d", s.Inode)
+	}
 	return trackedDevice{
-		Device: name, Number: fmt.Sprintf("%d:%d", s.Major, s.Minor), Size: s.Size, Granule: s.Granule, Epoch: s.Epoch,
+		Device: name, Number: number, Size: s.Size, Granule: s.Granule, Epoch: s.Epoch,
 		Since: clock(s.Since), Dirty: int64(s.Dirty) * s.Granule, Retained: s.Retained, Memory: s.BitmapBytes,
 		Writes: s.Counts.Submits, Bytes: s.Counts.SubmitSectors * 512, Discards: s.Counts.Discards, Rewrites: s.Counts.Rewrites,
 		Unknown: append(s.Taint.Reasons(), s.Loss.Reasons()...),
