@@ -90,6 +90,7 @@ type fileHooks struct {
 	lnk      []link.Link // per hook and copy
 	progs    []*ebpf.Program
 	ids      []uint32
+	seam     func([]uint64) []uint64
 }
 
 var _ programSet = (*fileHooks)(nil)
@@ -120,6 +121,9 @@ func (h *fileHooks) missed() ([]uint64, error) {
 			return nil, fmt.Errorf("statistics of %s: %w", h.name(i), err)
 		}
 		out[i] = s.RecursionMisses
+	}
+	if h.seam != nil {
+		out = h.seam(out)
 	}
 	return out, nil
 }
@@ -174,7 +178,7 @@ func (t *Tracker) hooks(fs string, attach bool) (*fileHooks, error) {
 	if h := t.fileHooks[fs]; h != nil && h.intact() {
 		return h, nil
 	}
-	h := &fileHooks{dir: filepath.Join(t.dir, "files-"+fs), hooks: fileSystems[fs].hooks}
+	h := &fileHooks{dir: filepath.Join(t.dir, "files-"+fs), hooks: fileSystems[fs].hooks, seam: t.fileSeam}
 	err := h.adopt()
 	if err != nil && attach {
 		h.close()

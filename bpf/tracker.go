@@ -40,6 +40,8 @@ type Options struct {
 	// Misses replaces the reading of the kernel's counters: the seam
 	// through which a test makes an event be lost. Nil in all other use.
 	Misses func(kernel Misses) Misses
+	// FileMisses does the same for the programs that see image files.
+	FileMisses func(kernel []uint64) []uint64
 }
 
 // Tracker is the set of programs attached on this host. Its methods are safe
@@ -59,6 +61,7 @@ type Tracker struct {
 	since    time.Time
 	fresh    string
 	seam     func(Misses) Misses
+	fileSeam func([]uint64) []uint64
 
 	mu        sync.Mutex
 	open      map[*Registration]struct{}
@@ -103,7 +106,7 @@ func Open(o Options) (*Tracker, error) {
 	}
 	defer func() { _ = lock.Close() }()
 
-	t := &Tracker{dir: o.Dir, seam: o.Misses, broken: o.Broken, open: map[*Registration]struct{}{}, fileHooks: map[string]*fileHooks{}}
+	t := &Tracker{dir: o.Dir, seam: o.Misses, fileSeam: o.FileMisses, broken: o.Broken, open: map[*Registration]struct{}{}, fileHooks: map[string]*fileHooks{}}
 	err = t.adopt()
 	if err == nil {
 		return t, nil

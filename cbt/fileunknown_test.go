@@ -152,6 +152,33 @@ func TestFileUnknown(t *testing.T) {
 	})
 }
 
+// An event is lost only if every copy of a program missed it.
+func TestFileUnknownAfterMissedEvents(t *testing.T) {
+	needsFileHooks(t, "ext4")
+	file := imageFile(t, mountNew(t, "ext4", 0, ""), smallImage)
+	extra := make([]uint64, 3)
+	s := openFile(t, bpf.Options{Dir: pinDir(t), FileMisses: func(m []uint64) []uint64 {
+		for i := range extra {
+			m[i] += extra[i]
+		}
+		return m
+	}}, file)
+	id := changes(t, s, cbt.ChangeID{}).ID
+	extra[0], extra[1] = 7, 7
+	d := changes(t, s, id)
+	if len(d.Unknown) > 0 {
+		t.Errorf("two copies missed events, one did not: unknown because %v", d.Unknown)
+	}
+	extra[2]++
+	extra[0]++
+	extra[1]++
+	d = changes(t, s, d.ID)
+	wantUnknown(t, d, smallImage, "dropped tracing events")
+	if d = changes(t, s, d.ID); len(d.Unknown) > 0 {
+		t.Errorf("the epoch after the loss is unknown too: %v", d.Unknown)
+	}
+}
+
 // What happens to a file while its file system is not mounted is not seen.
 func TestFileUnknownAfterUnmount(t *testing.T) {
 	onEach(t, func(t *testing.T, fstype, dir string) {
