@@ -125,7 +125,9 @@ type replica struct {
 	dir string
 	dev string
 	src cbt.Source
-	id  cbt.ChangeID
+
+	buffered bool // read through the page cache
+	id       cbt.ChangeID
 }
 
 func openReplica(dir, pins, dev string) (*replica, func(), error) {
@@ -154,7 +156,11 @@ func (r *replica) step(ctx context.Context) (cbt.Delta, error) {
 	if err != nil {
 		return d, err
 	}
-	in, err := os.OpenFile(r.dev, os.O_RDONLY|syscall.O_DIRECT, 0)
+	flags := os.O_RDONLY | syscall.O_DIRECT
+	if r.buffered {
+		flags = os.O_RDONLY
+	}
+	in, err := os.OpenFile(r.dev, flags, 0)
 	if err != nil {
 		return d, err
 	}
