@@ -6,7 +6,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LINT     = $(GO) tool -modfile=tools/go.mod golangci-lint
 FUZZTIME ?= 30s
 
-.PHONY: all build demo test deps generate check-generate lint unit fuzz bench truth vmtest clean help
+.PHONY: all build demo test deps generate check-generate lint unit fuzz bench truth vmtest model clean help
 
 all: build
 
@@ -56,6 +56,10 @@ vmtest: ## the tracker's tests under a Debian kernel in QEMU (KERNEL=package)
 	CGO_ENABLED=0 $(GO) test -c -o bin/cbt.test ./cbt
 	$(GO) run ./test/vm/cmd/vmtest -kernel $(or $(KERNEL),linux-image-cloud-amd64) -timeout 20m -modules virtio_pci,virtio_blk,virtio_rng,loop,dm-mod,dm-delay,zram \
 	  $(foreach t,fio losetup sfdisk partx blkdiscard dmsetup,-tool $$(command -v $t)) bin/cbt.test -test.v -test.timeout 19m
+
+model: ## Spin: the epoch protocol keeps its properties, broken variants do not
+	test/deps.sh model
+	$(GO) run ./test/model
 
 clean:
 	rm -rf bin
