@@ -6,7 +6,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LINT     = $(GO) tool -modfile=tools/go.mod golangci-lint
 FUZZTIME ?= 30s
 
-.PHONY: all build demo test deps generate check-generate lint unit fuzz bench truth vmtest vmtest-files clean help
+.PHONY: all build demo test deps generate check-generate lint unit fuzz bench truth vmtest vmtest-files model clean help
 
 all: build
 
@@ -65,6 +65,10 @@ vmtest-files: ## image files on ext4, xfs and btrfs under a Debian kernel in QEM
 	$(GO) run ./test/vm/cmd/vmtest -kernel $(or $(KERNEL),linux-image-cloud-amd64) -timeout 60m -memory 2048 -modules virtio_pci,virtio_blk,virtio_rng,loop,dm-mod,dm-delay,xfs,btrfs \
 	  $(foreach t,fio losetup sfdisk partx blkdiscard dmsetup mkfs.ext4 mkfs.xfs mkfs.btrfs xfs_io chattr,-tool $$(PATH=$$PATH:/usr/sbin:/sbin command -v $t)) \
 	  bin/cbt.test -test.v -test.run '^TestFile' -test.timeout 50m -- bin/agent.test -test.v -test.run 'Image' -test.timeout 15m
+
+model: ## Spin: the epoch protocol keeps its properties, broken variants do not
+	test/deps.sh model
+	$(GO) run ./test/model
 
 clean:
 	rm -rf bin

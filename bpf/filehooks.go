@@ -29,8 +29,8 @@ type fileSystem struct {
 
 // fileSystems are those whose files can be tracked. The functions are those of Linux 6.1.
 // All but folio_clear_dirty_for_io, iomap_dio_complete, xfs_swap_extents and
-// ext4_move_extents are called through pointers; these four are called from other files
-// than the one they stand in.
+// ext4_move_extents are called through pointers. These are called from other files than
+// the one they stand in, iomap_dio_complete from its own too: a compiler might inline it.
 var fileSystems = map[string]fileSystem{
 	"ext4": {number: 1, hooks: []hook{
 		{"write_enter", "ext4_file_write_iter"},
