@@ -24,25 +24,3 @@ func TestChooseLayers(t *testing.T) {
 		}
 	}
 }
-
-func TestTurnsAlternate(t *testing.T) {
-	first := map[int]int{}
-	for round := range 6 {
-		seen := map[int]bool{}
-		for i, k := range turns(3, round) {
-			if i == 0 {
-				first[k]++
-			}
-			seen[k] = true
-		}
-		if len(seen) != 3 {
-			t.Fatalf("round %d: %v", round, turns(3, round))
-		}
-	}
-	if first[0] != 2 || first[1] != 2 || first[2] != 2 {
-		t.Fatalf("first in a round: %v", first)
-	}
-	if a, b := turns(2, 0), turns(2, 1); a[0] == b[0] {
-		t.Fatalf("%v, %v", a, b)
-	}
-}

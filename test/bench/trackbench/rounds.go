@@ -41,20 +41,6 @@ type result struct {
 	layer layer
 }
 
-// turns is the order of n layers in a round. A round and the next are each other's mirror
-// image, and then somebody else begins.
-func turns(n, round int) []int {
-	out := make([]int, n)
-	for i := range out {
-		k := i
-		if round%2 == 1 {
-			k = n - 1 - i
-		}
-		out[i] = (k + round/2) % n
-	}
-	return out
-}
-
 func (b *bench) measure(ctx context.Context, cells []*cell) error {
 	for _, c := range cells {
 		warm, err := c.Load.forTime(ctx, c.dev.path, b.seed, b.seconds)
@@ -72,7 +58,7 @@ func (b *bench) measure(ctx context.Context, cells []*cell) error {
 	}
 	for round := range b.rounds {
 		for _, c := range cells {
-			for _, k := range turns(len(c.Layers), round) {
+			for _, k := range measure.Turns(len(c.Layers), round) {
 				if err := b.once(ctx, c, c.Layers[k], round); err != nil {
 					return fmt.Errorf("%s, %s, %s: %w", c.Device, c.Load, c.Layers[k].Layer, err)
 				}
