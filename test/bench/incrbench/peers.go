@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -104,15 +105,13 @@ func parseBorg(out []byte) (int64, error) {
 		return 0, fmt.Errorf("borg's output: %w", err)
 	}
 	if r.Archive.Stats.Original <= 0 {
-		return 0, fmt.Errorf("borg has read nothing")
+		return 0, errors.New("borg has read nothing")
 	}
 	return r.Archive.Stats.Original, nil
 }
 
 // sameStream compares what a process prints with the device.
 func (b *bench) sameStream(ctx context.Context, p process) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	cmd := exec.CommandContext(ctx, p.path, p.args...)
 	cmd.Env = append(os.Environ(), p.env...)
 	var errs strings.Builder
@@ -125,15 +124,10 @@ func (b *bench) sameStream(ctx context.Context, p process) error {
 		return err
 	}
 	differs := same(b.dev, out)
-	if differs != nil {
-		cancel() // it would wait for a reader
-	}
-	ended := cmd.Wait()
-	if differs != nil {
-		return fmt.Errorf("%s: %w: %s", p, differs, tail(errs.String()))
-	}
-	if ended != nil {
-		return fmt.Errorf("%s: %w: %s", p, ended, tail(errs.String()))
+	// It ends when it finds no reader, if not by itself.
+	_ = out.Close()
+	if ended := cmd.Wait(); differs != nil || ended != nil {
+		return fmt.Errorf("%s: %w: %s", p, errors.Join(differs, ended), tail(errs.String()))
 	}
 	return nil
 }

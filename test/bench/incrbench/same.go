@@ -22,30 +22,33 @@ func same(path string, r io.Reader) error {
 	for off := int64(0); ; {
 		n, errA := io.ReadFull(f, a)
 		m, errB := io.ReadFull(r, b)
-		if i := differ(a[:n], b[:m]); i >= 0 {
-			return fmt.Errorf("%w: at byte %d", errDiffers, off+int64(i))
-		}
-		off += int64(n)
 		for _, err := range []error{errA, errB} {
 			if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
 				return err
 			}
 		}
+		if i := differ(a[:n], b[:m]); i >= 0 {
+			return fmt.Errorf("%w: byte %d is another one", errDiffers, off+int64(i))
+		}
+		if n != m {
+			return fmt.Errorf("%w: one ends at byte %d, the other does not", errDiffers, off+int64(min(n, m)))
+		}
+		off += int64(n)
 		if errA != nil {
 			return nil // both have ended: they were equally long
 		}
 	}
 }
 
-// differ is the first index at which a and b differ, or -1.
+// differ is the first index, of those that both have, at which a and b differ, or -1.
 func differ(a, b []byte) int {
-	if bytes.Equal(a, b) {
+	n := min(len(a), len(b))
+	if bytes.Equal(a[:n], b[:n]) {
 		return -1
 	}
-	for i := range min(len(a), len(b)) {
-		if a[i] != b[i] {
-			return i
-		}
+	i := 0
+	for a[i] == b[i] {
+		i++
 	}
-	return min(len(a), len(b))
+	return i
 }

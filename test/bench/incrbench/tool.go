@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -142,7 +143,7 @@ func (b *bench) newTool(ctx context.Context, name, binary string) (*tool, error)
 	case "borg-fixed":
 		err = b.borg(ctx, t, "fixed,4194304") // what its manual recommends for disk images
 	default:
-		err = fmt.Errorf("unknown tool")
+		err = errors.New("unknown tool")
 	}
 	return t, err
 }
