@@ -26,6 +26,11 @@ func (b *bench) report(w io.Writer, asJSON bool) error {
 	for _, x := range b.tools {
 		_, _ = fmt.Fprintf(t, "  %s: %s: %s\n", x.Name, x.Version, x.Command)
 	}
+	for _, x := range b.tools {
+		if x.Problem != "" {
+			_, _ = fmt.Fprintf(t, "WARNING: %s\n", x.Problem)
+		}
+	}
 	_, _ = fmt.Fprintln(t, "\ntool\tincremental s (min–max)\ttimes tracked [95 %]\tCPU s\tread MiB\tstored MiB\tfull s\tCPU s\tstored MiB\tverified")
 	for _, x := range b.tools {
 		ratio := "1"

@@ -27,6 +27,9 @@ type tool struct {
 	Stored     measure.Sample `json:"stored"`   // bytes by which its repository grew
 	Verified   int            `json:"verified"` // backups restored and found equal to the device
 
+	// Problem is why the last backup could not be restored, or what was wrong with it.
+	Problem string `json:"problem,omitempty"`
+
 	// Against tracked; nil for tracked itself.
 	Ratio *measure.Interval `json:"ratio,omitempty"`
 

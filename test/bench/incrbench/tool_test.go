@@ -1,7 +1,9 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -56,6 +58,21 @@ func TestProcessSharesItsPlaceInTheFile(t *testing.T) {
 	}
 	if _, err := (process{path: "sh", args: []string{"-c", "echo why >&2; exit 3"}}).run(t.Context()); err == nil || !strings.Contains(err.Error(), "why") {
 		t.Fatalf("got %v", err)
+	}
+}
+
+func TestOnlyOurOwnWrongPointsEndTheRun(t *testing.T) {
+	wrong := func(context.Context) error { return errDiffers }
+	if err := (&tool{verify: wrong, verifyEach: true}).check(t.Context()); !errors.Is(err, errDiffers) {
+		t.Errorf("got %v", err)
+	}
+	peer := &tool{Name: "restic", verify: wrong}
+	if err := peer.check(t.Context()); err != nil || peer.Problem == "" || peer.Verified != 0 {
+		t.Errorf("got %v, %+v", err, peer)
+	}
+	var out strings.Builder
+	if err := (&bench{tools: []*tool{peer}}).report(&out, false); err != nil || !strings.Contains(out.String(), "WARNING: restic") {
+		t.Errorf("%v: %s", err, out.String())
 	}
 }
 
