@@ -27,7 +27,7 @@ func (b *bench) makeDisk(ctx context.Context) (dev string, detach func() error, 
 	if err := errors.Join(f.Truncate(b.size), f.Close()); err != nil {
 		return "", nil, err
 	}
-	if dev, detach, err = testvm.AttachLoop(ctx, image, testvm.LoopOptions{}); err != nil {
+	if dev, detach, err = testvm.AttachLoop(ctx, image, testvm.LoopOptions{DirectIO: !b.cached}); err != nil {
 		return "", nil, err
 	}
 	defer func() {
@@ -50,6 +50,16 @@ func (b *bench) makeDisk(ctx context.Context) (dev string, detach func() error, 
 		b.say("the disk holds %d files, %d MiB", n, bytes>>20)
 	}
 	return dev, detach, errors.Join(err, unix.Unmount(mnt, 0))
+}
+
+// forget drops what the page cache holds of the device: who reads through it would be fast
+// because of who did before. Of other devices nothing is dropped.
+func forget(dev string) error {
+	f, err := os.Open(dev)
+	if err != nil {
+		return err
+	}
+	return errors.Join(unix.IoctlSetInt(int(f.Fd()), unix.BLKFLSBUF, 0), f.Close())
 }
 
 func command(ctx context.Context, name string, args ...string) error {

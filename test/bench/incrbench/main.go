@@ -32,9 +32,11 @@ type bench struct {
 	percent float64
 	seed    uint64
 	from    string
+	cached  bool
 	host    measure.Host
 
-	dir   string // all that is made lies here
+	where string // the directory that was given
+	dir   string // all that is made lies here, below it
 	dev   string
 	tools []*tool
 }
@@ -58,6 +60,7 @@ func incrbench(ctx context.Context, args []string) (err error) {
 	fs.Float64Var(&b.percent, "change", 1, "percent of the disk to change in each round")
 	fs.Uint64Var(&b.seed, "seed", 1, "of what is changed")
 	fs.StringVar(&b.from, "from", "/usr", "directory whose files fill the disk")
+	fs.BoolVar(&b.cached, "cached", false, "have the disk's file in the page cache: reading all of it costs no input then")
 	binary := fs.String("tidemark", "bin/tidemark", "the program to measure")
 	names := fs.String("tools", "tracked,compare,restic,borg,borg-fixed", "what to measure, tracked first")
 	busy := fs.Bool("busy", false, "measure although the machine has other work")
@@ -65,7 +68,7 @@ func incrbench(ctx context.Context, args []string) (err error) {
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
-	b.size = *mib << 20
+	b.size, b.where = *mib<<20, *dir
 	if b.rounds < 1 || b.size < 64<<20 || b.percent <= 0 || b.percent > 100 {
 		return errors.New("rounds must be at least 1, size 64, change above 0 and at most 100")
 	}

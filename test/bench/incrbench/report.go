@@ -9,6 +9,14 @@ import (
 	"github.com/tidemark/tidemark/test/bench/measure"
 )
 
+// reads says where what is read of the disk comes from.
+func (b *bench) reads() string {
+	if b.cached {
+		return "the disk's file is in the page cache"
+	}
+	return "the disk is read from " + b.where
+}
+
 func (b *bench) report(w io.Writer, asJSON bool) error {
 	if asJSON {
 		e := json.NewEncoder(w)
@@ -17,12 +25,13 @@ func (b *bench) report(w io.Writer, asJSON bool) error {
 			Host    measure.Host `json:"host"`
 			Size    int64        `json:"size"`
 			Percent float64      `json:"percent"`
+			Reads   string       `json:"reads"`
 			Tools   []*tool      `json:"tools"`
-		}{b.host, b.size, b.percent, b.tools})
+		}{b.host, b.size, b.percent, b.reads(), b.tools})
 	}
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	_, _ = fmt.Fprintf(t, "%s\n%d MiB with files from %s; %g %% changed in random granules of 64 KiB; medians of %d rounds; the disk's file is in the page cache\n",
-		b.host, b.size>>20, b.from, b.percent, b.rounds)
+	_, _ = fmt.Fprintf(t, "%s\n%d MiB with files from %s; %g %% changed in random granules of 64 KiB; medians of %d rounds; %s\n",
+		b.host, b.size>>20, b.from, b.percent, b.rounds, b.reads())
 	for _, x := range b.tools {
 		_, _ = fmt.Fprintf(t, "  %s: %s: %s\n", x.Name, x.Version, x.Command)
 	}

@@ -10,7 +10,7 @@ import (
 func (b *bench) measure(ctx context.Context) error {
 	for _, t := range b.tools {
 		var err error
-		if t.Full, err = t.back(ctx, 0); err != nil {
+		if t.Full, err = b.back(ctx, t, 0); err != nil {
 			return fmt.Errorf("%s, full: %w", t.Name, err)
 		}
 		b.say("full: %s took %.1f s", t.Name, t.Full.Seconds)
@@ -28,7 +28,7 @@ func (b *bench) measure(ctx context.Context) error {
 		b.say("round %d of %d: changed %d KiB", round, b.rounds, n>>10)
 		for _, k := range measure.Turns(len(b.tools), round) {
 			t := b.tools[k]
-			v, err := t.back(ctx, round)
+			v, err := b.back(ctx, t, round)
 			if err != nil {
 				return fmt.Errorf("%s, incremental %d: %w", t.Name, round, err)
 			}

@@ -99,7 +99,12 @@ func tail(s string) string {
 }
 
 // back makes one backup and measures it.
-func (t *tool) back(ctx context.Context, n int) (backup, error) {
+func (b *bench) back(ctx context.Context, t *tool, n int) (backup, error) {
+	if !b.cached {
+		if err := forget(b.dev); err != nil {
+			return backup{}, fmt.Errorf("forget %s: %w", b.dev, err)
+		}
+	}
 	if t.prepare != nil {
 		if err := t.prepare(ctx, n); err != nil {
 			return backup{}, err
