@@ -24,7 +24,11 @@ func quantile(s []float64, q float64) float64 {
 	if len(s) == 0 {
 		return math.NaN()
 	}
-	s = slices.Sorted(slices.Values(s))
+	return sorted(slices.Sorted(slices.Values(s)), q)
+}
+
+// sorted is quantile of values that are in order; there must be some.
+func sorted(s []float64, q float64) float64 {
 	at := q * float64(len(s)-1)
 	low := int(at)
 	if low == len(s)-1 {
@@ -65,8 +69,10 @@ func Ratio(a, b Sample) Interval {
 		for j := range draw {
 			draw[j] = r[rnd.IntN(len(r))]
 		}
-		medians[i] = Sample(draw).Median()
+		slices.Sort(draw)
+		medians[i] = sorted(draw, 0.5)
 	}
-	out.Low, out.High = quantile(medians, 0.025), quantile(medians, 0.975)
+	slices.Sort(medians)
+	out.Low, out.High = sorted(medians, 0.025), sorted(medians, 0.975)
 	return out
 }
