@@ -28,6 +28,8 @@ func (s *scripted) Changes(context.Context, cbt.ChangeID) (cbt.Delta, error) {
 	return d, nil
 }
 
+func (s *scripted) Prepare() error { return nil }
+
 func (s *scripted) Commit(cbt.ChangeID) error { return nil }
 
 func (s *scripted) Writes() (uint64, error) {
