@@ -4,6 +4,9 @@ import (
 	"bytes"
 	"encoding/binary"
 	"os"
+	"os/exec"
+	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -125,13 +128,29 @@ func submit(t *testing.T, file string, page []byte) (wait func()) {
 	}
 }
 
+// setDelay changes how long the writes to a device of delayDevice take.
+func setDelay(t *testing.T, dev string, delay time.Duration) {
+	t.Helper()
+	table, err := exec.Command("dmsetup", "table", dev).Output()
+	if err != nil {
+		t.Fatal("dmsetup table: ", err)
+	}
+	f := strings.Fields(string(table))
+	f[len(f)-1] = strconv.FormatInt(delay.Milliseconds(), 10)
+	for _, args := range [][]string{{"reload", dev, "--table", strings.Join(f, " ")}, {"suspend", dev}, {"resume", dev}} {
+		if out, err := exec.Command("dmsetup", args...).CombinedOutput(); err != nil {
+			t.Fatalf("dmsetup %v: %v: %s", args, err, out)
+		}
+	}
+}
+
 // A direct write that is in flight across a swap is marked when it lands; without that mark it
 // is lost where reads don't wait for it (on btrfs they do).
 func TestFileDirectWriteInFlight(t *testing.T) {
 	for _, fstype := range fileSystems {
 		t.Run(fstype, func(t *testing.T) {
 			needsFileHooks(t, fstype)
-			dir := mountNew(t, fstype, 3*time.Second, "")
+			dir := mountNew(t, fstype, time.Millisecond, "")
 			for _, broken := range []bpf.Broken{0, bpf.BrokenNoDirect} {
 				if broken != 0 && fstype == "btrfs" {
 					continue
@@ -139,10 +158,12 @@ func TestFileDirectWriteInFlight(t *testing.T) {
 				file := imageFile(t, dir, smallImage)
 				s := openFile(t, bpf.Options{Dir: pinDir(t), Broken: broken}, file)
 				id := changes(t, s, cbt.ChangeID{}).ID
+				setDelay(t, deviceOf(t, dir), 3*time.Second)
 				wait := submit(t, file, aligned(4096))
 				d := changes(t, s, id)
 				was := granuleZero(t, file, syscall.O_DIRECT)
 				wait()
+				setDelay(t, deviceOf(t, dir), time.Millisecond)
 				if fstype == "btrfs" {
 					// Its reads wait, so nothing can be lost here; but its end must have been seen.
 					if d = changes(t, s, d.ID); d.Evidence.Landed < 8 && broken == 0 {
