@@ -56,6 +56,9 @@ func newImageBench(t *testing.T, fstype string) *bench {
 		t.Fatal(err)
 	}
 	b.job.Disks = []string{b.dev}
+	if os.Getenv("TIDEMARK_TESTVM") != "" {
+		b.job.PauseBudget = 5 * time.Second // emulated
+	}
 	return b
 }
 
