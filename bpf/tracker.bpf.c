@@ -65,12 +65,12 @@ struct {
 
 static __always_inline __u32 inflight_place(__u64 bio, __u32 n)
 {
-	__u32 low;
+	__u64 low;
 
 	// The verifier lets no arithmetic be done on a pointer, but a copy of half of it
 	// is a number.
-	asm volatile("%0 = %1" : "=r"(low) : "r"((__u32)bio));
-	return ((low * 2654435761U >> 15) + n) & (MAX_INFLIGHT - 1);
+	asm volatile("r0 = %1\n\tw0 = w0\n\t%0 = r0" : "=r"(low) : "r"(bio) : "r0");
+	return (((__u32)low * 2654435761U >> 15) + n) & (MAX_INFLIGHT - 1);
 }
 
 // The entry of a bio, or NULL.
