@@ -103,7 +103,7 @@ func mapped(t *testing.T, file string, stop <-chan struct{}) (done chan struct{}
 			select {
 			case <-stop:
 				return
-			case <-time.After(20 * time.Millisecond):
+			case <-time.After(recordEvery()):
 			}
 		}
 	}()
