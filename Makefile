@@ -81,7 +81,7 @@ vmtest: ## the tracker's tests under a Debian kernel in QEMU (KERNEL=package)
 	$(GO) run ./test/vm/cmd/vmtest -kernel $(or $(KERNEL),linux-image-cloud-amd64) -timeout 20m -modules virtio_pci,virtio_blk,virtio_rng,loop,dm-mod,dm-delay,zram \
 	  $(foreach t,fio losetup sfdisk partx blkdiscard dmsetup,-tool $$(command -v $t)) bin/cbt.test -test.v -test.timeout 19m
 
-vmtest-files: ## image files on ext4, xfs and btrfs under a Debian kernel in QEMU: about 25 minutes
+vmtest-files: ## image files on ext4, xfs and btrfs under a Debian kernel in QEMU: 35 minutes emulated
 	test/deps.sh build run
 	mkdir -p bin
 	CGO_ENABLED=0 $(GO) test -c -o bin/cbt.test ./cbt
