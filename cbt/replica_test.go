@@ -12,7 +12,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/tidemark/tidemark/bpf"
 	"github.com/tidemark/tidemark/cbt"
@@ -58,26 +57,6 @@ func loopDevice(t *testing.T, size int64, table string) string {
 		t.Cleanup(func() { _ = exec.Command("partx", "-d", dev).Run() })
 	}
 	return dev
-}
-
-// delayDevice makes a device-mapper device whose writes take their time.
-func delayDevice(t *testing.T, size int64, delay time.Duration) string {
-	t.Helper()
-	if out, err := exec.Command("dmsetup", "targets").CombinedOutput(); err != nil || !strings.Contains(string(out), "delay") {
-		t.Skipf("SKIP: no dm-delay in this kernel, `make vmtest` runs it in another: %v", err)
-	}
-	below := loopDevice(t, size, "")
-	name := "tidemark-" + filepath.Base(below)
-	table := fmt.Sprintf("0 %d delay %s 0 0 %s 0 %d", size/512, below, below, delay.Milliseconds())
-	if out, err := exec.Command("dmsetup", "create", name, "--table", table).CombinedOutput(); err != nil {
-		t.Fatalf("dmsetup: %v: %s", err, out)
-	}
-	t.Cleanup(func() {
-		if out, err := exec.Command("dmsetup", "remove", "--retry", name).CombinedOutput(); err != nil {
-			t.Errorf("dmsetup remove: %v: %s", err, out)
-		}
-	})
-	return "/dev/mapper/" + name
 }
 
 // zramDevice gives a zram device that nobody uses a size until the test ends.
@@ -196,8 +175,8 @@ func aligned(n int) []byte {
 	return mem
 }
 
-// firstDifference compares replica and device, and says where they differ.
-func firstDifference(t *testing.T, dir, dev string) string {
+// differing compares replica and device, and returns where granules differ.
+func differing(t *testing.T, dir, dev string) []int64 {
 	t.Helper()
 	a, err := os.Open(dev)
 	if err != nil {
@@ -218,11 +197,7 @@ func firstDifference(t *testing.T, dir, dev string) string {
 			bad = append(bad, off)
 		}
 		if err != nil {
-			break
+			return bad
 		}
 	}
-	if len(bad) == 0 {
-		return ""
-	}
-	return fmt.Sprintf("%d granules differ, the first at %#x", len(bad), bad[0])
 }
