@@ -12,26 +12,36 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Device is a whole block device as the kernel sees it now.
+// Device is a block device as the kernel sees it now: a disk, or a partition of one.
 type Device struct {
 	Path    string // as given
 	Name    string // kernel name, such as "loop0"
 	Major   uint32
 	Minor   uint32
 	Size    int64  // bytes
-	DiskSeq uint64 // 0 where the kernel has none (before 5.15)
+	DiskSeq uint64 // of the disk; 0 where the kernel has none (before 5.15)
 	// BioBased tells that writes complete as bios and not as requests.
 	BioBased bool
+	// Table is a hash of the device-mapper table, 0 for other devices.
+	Table uint64
+	// Partition tells that it is one. It begins Start bytes into its disk.
+	Partition bool
+	Start     int64
+
+	disk uint32 // number of the whole disk
 }
 
-// key is how the programs name the device: MKDEV of include/linux/kdev_t.h.
-func (d Device) key() uint32 { return d.Major<<20 | d.Minor }
+// key is how the programs name its disk: MKDEV of include/linux/kdev_t.h.
+func (d Device) key() uint32 { return d.disk }
+
+// own is its own number in the same form.
+func (d Device) own() uint32 { return d.Major<<20 | d.Minor }
 
 // Number is the device number as lsblk prints it.
 func (d Device) Number() string { return fmt.Sprintf("%d:%d", d.Major, d.Minor) }
 
 // Lookup describes the block device at path. Errors wrap ErrNotBlock,
-// ErrPartition, ErrUntrackable or fs.ErrNotExist.
+// ErrUntrackable or fs.ErrNotExist.
 func Lookup(path string) (Device, error) {
 	var st unix.Stat_t
 	if err := unix.Stat(path, &st); err != nil {
@@ -46,28 +56,57 @@ func Lookup(path string) (Device, error) {
 		return Device{}, fmt.Errorf("%s: %w", path, err)
 	}
 	d.Name = filepath.Base(sys)
-	if _, err := os.Stat(filepath.Join(sys, "partition")); err == nil {
-		return Device{}, fmt.Errorf("%s: %w (/dev/%s)", path, ErrPartition, filepath.Base(filepath.Dir(sys)))
-	}
 	sectors, err := readUint(filepath.Join(sys, "size"))
 	if err != nil {
 		return Device{}, fmt.Errorf("%s: %w", path, err)
 	}
 	d.Size = int64(sectors) * 512
+	d.disk = d.own()
+	if _, err := os.Stat(filepath.Join(sys, "partition")); err == nil {
+		d.Partition = true
+		start, err := readUint(filepath.Join(sys, "start"))
+		if err != nil {
+			return Device{}, fmt.Errorf("%s: %w", path, err)
+		}
+		d.Start = int64(start) * 512
+		sys = filepath.Dir(sys)
+		if d.disk, err = deviceNumber(sys); err != nil {
+			return Device{}, fmt.Errorf("%s: %w", path, err)
+		}
+	}
+	disk := filepath.Base(sys)
 	d.DiskSeq, err = readUint(filepath.Join(sys, "diskseq"))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return Device{}, fmt.Errorf("%s: %w", path, err)
 	}
 	_, err = os.Stat(filepath.Join(sys, "mq"))
 	d.BioBased = err != nil
-	why := invisible(sys, d.Name)
+	why := invisible(sys, disk)
 	if why == "" && d.BioBased {
-		why = passesOn(sys, d.Name)
+		why = passesOn(sys, disk)
 	}
 	if why != "" {
 		return Device{}, fmt.Errorf("%s: %w: %s", path, ErrUntrackable, why)
 	}
+	if strings.HasPrefix(disk, "dm-") {
+		if d.Table, err = dmTableHash(d.disk>>20, d.disk&(1<<20-1)); err != nil {
+			return Device{}, fmt.Errorf("%s: %w: %w", path, ErrUntrackable, err)
+		}
+	}
 	return d, nil
+}
+
+// deviceNumber reads the number of the device that sys describes.
+func deviceNumber(sys string) (uint32, error) {
+	b, err := os.ReadFile(filepath.Join(sys, "dev"))
+	if err != nil {
+		return 0, err
+	}
+	var major, minor uint32
+	if _, err := fmt.Sscanf(string(b), "%d:%d", &major, &minor); err != nil {
+		return 0, fmt.Errorf("%s/dev: %w", sys, err)
+	}
+	return major<<20 | minor, nil
 }
 
 // invisible says why writes to the device bypass the tracepoints, or nothing.

@@ -19,8 +19,10 @@ type mapping struct {
 	words []uint64
 }
 
-func mapArray(m *ebpf.Map) (*mapping, error) {
-	n := int(m.MaxEntries())
+func mapArray(m *ebpf.Map) (*mapping, error) { return mapWords(m, int(m.MaxEntries())) }
+
+// mapWords maps n words.
+func mapWords(m *ebpf.Map, n int) (*mapping, error) {
 	size := (n*8 + os.Getpagesize() - 1) &^ (os.Getpagesize() - 1)
 	mem, err := unix.Mmap(m.FD(), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
@@ -137,6 +139,13 @@ func (e *Epoch) Closed() time.Time { return time.Unix(0, int64(e.hdr(hdrClosedAt
 // Sectors is the number of sectors (512 bytes) submitted for writing.
 func (e *Epoch) Sectors() uint64 { return e.hdr(hdrSectors) }
 
+// Landed is the number of sectors (512 bytes) whose writing completed.
+func (e *Epoch) Landed() uint64 { return e.hdr(hdrLanded) }
+
+// KernelSectors is what the kernel's own statistics counted meanwhile; false if they were
+// not kept.
+func (e *Epoch) KernelSectors() (uint64, bool) { return e.hdr(hdrKernel), e.hdr(hdrCounting) == 1 }
+
 // Missed is, per program and copy, the events missed between opening and closing.
 func (e *Epoch) Missed() Misses {
 	var m Misses
@@ -171,7 +180,10 @@ func (e *Epoch) merge(o *Epoch) {
 	for i := range len(programs) * copies {
 		w[hdrMissed+i] += o.hdr(hdrMissed + i)
 	}
-	w[hdrSectors] += o.hdr(hdrSectors)
+	for _, i := range []int{hdrSectors, hdrLanded, hdrKernel} {
+		w[i] += o.hdr(i)
+	}
+	w[hdrCounting] &= o.hdr(hdrCounting)
 	w[hdrOpenedAt] = o.hdr(hdrOpenedAt)
 	w[hdrFirst] = o.First()
 }

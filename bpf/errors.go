@@ -7,7 +7,6 @@ var (
 	ErrPermission    = errors.New("needs root (CAP_BPF, CAP_PERFMON and CAP_SYS_ADMIN)")
 	ErrNoBTF         = errors.New("the kernel has no BTF (CONFIG_DEBUG_INFO_BTF, /sys/kernel/btf/vmlinux)")
 	ErrNotBlock      = errors.New("not a block device")
-	ErrPartition     = errors.New("a partition: give the whole disk")
 	ErrUntrackable   = errors.New("writes to it can't be seen by block tracepoints")
 	ErrNotAttached   = errors.New("no tracker is attached on this host")
 	ErrNotRegistered = errors.New("not tracked")

@@ -28,6 +28,7 @@ enum bpf_map_type {
 	BPF_MAP_TYPE_ARRAY_OF_MAPS = 12,
 };
 #define BPF_ANY 0
+#define BPF_NOEXIST 1
 #define BPF_F_NO_PREALLOC (1U << 0)
 #define BPF_F_MMAPABLE (1U << 10)
 #define BPF_F_INNER_MAP (1U << 12)
@@ -45,6 +46,7 @@ struct gendisk {
 };
 
 struct block_device {
+	__u64 bd_start_sect;
 	struct gendisk *bd_disk;
 };
 
@@ -73,7 +75,33 @@ struct request {
 	struct bio *bio;
 };
 
+struct task_struct {
+	unsigned int flags;
+};
+
+struct inode {
+	unsigned short i_mode;
+};
+
+struct bdev_inode { // block/bdev.c
+	struct block_device bdev;
+	struct inode vfs_inode;
+};
+
+struct address_space {
+	struct inode *host;
+};
+
+struct folio {
+	unsigned long index; // pages
+};
+
 #pragma clang attribute pop
+
+#define PF_KTHREAD 0x00200000 // include/linux/sched.h
+#define S_IFMT 00170000
+#define S_IFBLK 0060000
+#define PAGE_SHIFT 12 // x86-64
 
 // enum req_op, include/linux/blk_types.h
 #define REQ_OP_MASK 0xff

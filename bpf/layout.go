@@ -2,14 +2,21 @@ package bpf
 
 // The same numbers stand in layout.h; TestLayoutMatchesHeader compares them.
 const (
-	layoutVersion = 1
+	layoutVersion = 2
 	maxDevices    = 256
+	places        = 1024
+	probes        = 16
+	placeFree     = 0
+	placeGone     = 1
 	maxInflight   = 65536
 	maxDiscards   = 1024
+	maxWriters    = 8192
+	heatRegions   = 1024
 	copies        = 3
 	headerWords   = 64
 	hostWords     = 8
 	hdrTaint      = 0
+	hdrNumber     = hdrLast
 )
 
 // Words of an epoch's header that belong to userspace.
@@ -18,7 +25,7 @@ const (
 	hdrShift    = 2
 	hdrGranules = 3
 	hdrSize     = 4
-	hdrDev      = 5
+	hdrDev      = 5 // of the partition, if it is one
 	hdrDiskSeq  = 6
 	hdrID       = 7 // and 8
 	hdrFirst    = 9
@@ -29,10 +36,15 @@ const (
 	hdrLoss     = 14
 	hdrHostBase = 15 // and 16: hostNoEpoch, hostPassthrough when opened
 	hdrSectors  = 17 // sectors submitted, when opened; at close the difference
+	hdrLanded   = 18 // sectors completed, likewise
+	hdrKernel   = 19 // sectors that the kernel's own statistics counted, likewise
 	hdrMissBase = 20 // one word per program, when opened
 	hdrMissed   = 32 // one word per program, at close: missed while open
 	hdrInstance = 44
 	hdrTracked  = 45 // when the device was registered
+	hdrCounting = 46 // 1: hdrKernel is known
+	hdrTable    = 47 // hash of the device-mapper table
+	hdrStart    = 48 // of a partition, sectors
 )
 
 const headerMagic = 0x5449_4445_4550_0000 | layoutVersion // "TIDEP"
@@ -41,6 +53,18 @@ const headerMagic = 0x5449_4445_4550_0000 | layoutVersion // "TIDEP"
 const (
 	hostNoEpoch     = 0
 	hostPassthrough = 1
+	hostWriters     = 2
+)
+
+// Broken makes a tracker that loses writes, so that a test can see that it would
+// notice. For tests only.
+type Broken uint32
+
+// Bits of Broken.
+const (
+	BrokenNoSubmit   Broken = 1 << iota // submissions don't mark
+	BrokenNoComplete                    // completions don't mark
+	BrokenOneCopy                       // each program runs once
 )
 
 // Taint says why an epoch's bitmap may lack a write: bits set by the programs.
@@ -68,6 +92,8 @@ const (
 	LossReplaced                     // another diskseq under the same number
 	LossResized                      // the device's size changed
 	LossPassthrough                  // a passthrough command on a queue shared by several devices
+	LossUncounted                    // the kernel counted more written sectors than the programs saw
+	LossTable                        // another device-mapper table
 )
 
 var taintText = map[Taint]string{
@@ -85,8 +111,10 @@ var lossText = map[Loss]string{
 	LossDetached:    "a tracking program was detached",
 	LossHost:        "an event found no epoch",
 	LossReplaced:    "another device has taken the same number (diskseq changed)",
-	LossResized:     "the device was resized",
+	LossResized:     "the device was resized or moved",
 	LossPassthrough: "a passthrough command on a controller's queue may have written to any of its devices",
+	LossUncounted:   "the kernel counted more written sectors than the tracker saw",
+	LossTable:       "the device-mapper table was replaced",
 }
 
 // Reasons says each bit in words, for a person.

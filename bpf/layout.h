@@ -4,16 +4,25 @@
 // test compares the two. Any change raises LAYOUT_VERSION.
 #pragma once
 
-#define LAYOUT_VERSION 1
+#define LAYOUT_VERSION 2
 
-#define MAX_DEVICES 256
+#define MAX_DEVICES 256 // slots
+#define PLACES 1024	// of the devices table, a power of two
+#define PROBES 16	// places looked at for one disk
 #define MAX_INFLIGHT 65536
 #define MAX_DISCARDS 1024
+#define MAX_WRITERS 8192
+#define HEAT_REGIONS 1024 // per slot
 #define COPIES 3
+
+// Keys of the devices table that are no device number.
+#define PLACE_FREE 0
+#define PLACE_GONE 1 // was in use: look further
 
 // An epoch is an array of 64-bit words: a header, then the dirty bitmap.
 #define HEADER_WORDS 64
-#define HDR_TAINT 0 // set by programs; the other words belong to userspace
+#define HDR_TAINT 0  // set by programs; the other words belong to userspace
+#define HDR_NUMBER 10 // of the epoch
 
 // Bits of the taint word.
 #define TAINT_RANGE (1 << 0)	   // a write past the size the device had
@@ -28,3 +37,9 @@
 #define HOST_WORDS 8
 #define HOST_NO_EPOCH 0	   // a registered device had no epoch
 #define HOST_PASSTHROUGH 1 // passthrough on a queue without a disk
+#define HOST_WRITERS 2	   // writers that the table had no room for
+
+// Ways to break the tracker on purpose, so that tests can see it lose writes.
+#define BROKEN_NO_SUBMIT (1 << 0)   // submissions don't mark
+#define BROKEN_NO_COMPLETE (1 << 1) // completions don't mark
+#define BROKEN_ONE_COPY (1 << 2)    // copies 1 and 2 do nothing

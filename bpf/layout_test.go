@@ -24,7 +24,10 @@ func TestLayoutMatchesHeader(t *testing.T) {
 	}
 	for name, want := range map[string]uint64{
 		"LAYOUT_VERSION": layoutVersion, "MAX_DEVICES": maxDevices, "MAX_INFLIGHT": maxInflight, "MAX_DISCARDS": maxDiscards, "COPIES": copies,
-		"HEADER_WORDS": headerWords, "HDR_TAINT": hdrTaint, "HOST_WORDS": hostWords, "HOST_NO_EPOCH": hostNoEpoch, "HOST_PASSTHROUGH": hostPassthrough,
+		"HEADER_WORDS": headerWords, "HDR_TAINT": hdrTaint, "HDR_NUMBER": hdrNumber, "HOST_WORDS": hostWords, "HOST_WRITERS": hostWriters,
+		"PLACES": places, "PROBES": probes, "PLACE_FREE": placeFree, "PLACE_GONE": placeGone, "MAX_WRITERS": maxWriters, "HEAT_REGIONS": heatRegions,
+		"BROKEN_NO_SUBMIT": uint64(BrokenNoSubmit), "BROKEN_NO_COMPLETE": uint64(BrokenNoComplete), "BROKEN_ONE_COPY": uint64(BrokenOneCopy),
+		"HOST_NO_EPOCH": hostNoEpoch, "HOST_PASSTHROUGH": hostPassthrough,
 		"TAINT_RANGE": uint64(TaintRange), "TAINT_BITMAP": uint64(TaintBitmap), "TAINT_INFLIGHT": uint64(TaintInflight),
 		"TAINT_PASSTHROUGH": uint64(TaintPassthrough), "TAINT_OPCODE": uint64(TaintOpcode), "TAINT_DISCARDS": uint64(TaintDiscards), "TAINT_UNSEEN": uint64(TaintUnseen),
 	} {
@@ -54,14 +57,17 @@ func TestObjectHoldsWhatIsNamed(t *testing.T) {
 			t.Error("no map ", name)
 		}
 	}
-	if n := spec.Maps["counts"].MaxEntries; n != maxDevices*copies {
+	if n := spec.Maps["devices"].ValueSize; n != 8*placeWords {
+		t.Errorf("a place has %d bytes", n)
+	}
+	if n := spec.Maps["counts"].MaxEntries; n != maxDevices {
 		t.Errorf("counts has %d entries", n)
 	}
 }
 
 // Every bit has words of its own, and one that this program doesn't know is not swallowed.
 func TestEveryReasonIsSaid(t *testing.T) {
-	for bit := range 6 {
+	for bit := range 8 {
 		if got := Loss(1 << bit).Reasons(); len(got) != 1 || got[0] == "an unknown loss" {
 			t.Errorf("loss %d: %q", bit, got)
 		}

@@ -43,7 +43,7 @@ func probeLoad() Check {
 	if addr, err := kernelSymbol("bio_chain_endio"); err != nil || addr == 0 {
 		c.Note += "; /proc/kallsyms hides bio_chain_endio (kernel.kptr_restrict): device-mapper and md disks whose writes are split will be compared each time"
 	}
-	spec, err := loadTracker()
+	spec, err := trackerSpec()
 	if err == nil {
 		var coll *ebpf.Collection
 		if coll, err = ebpf.NewCollection(spec); err == nil {
@@ -63,15 +63,24 @@ func probeBTF() Check {
 		c.Err = fmt.Errorf("%w: %w", ErrNoBTF, err)
 		return c
 	}
-	for _, p := range []string{"block_bio_queue", "block_rq_complete", "block_bio_complete", "block_rq_issue"} {
-		var t *btf.Typedef
-		if err := spec.TypeByName("btf_trace_"+p, &t); err != nil {
+	for _, p := range []string{"block_bio_queue", "block_rq_complete", "block_bio_complete"} {
+		if err := findTracepoint(spec, p); err != nil {
 			c.Err = fmt.Errorf("tracepoint %s: %w", p, err)
 			return c
 		}
 	}
-	c.Note = "block_bio_queue, block_rq_complete, block_bio_complete, block_rq_issue"
+	c.Note = "block_bio_queue, block_rq_complete, block_bio_complete"
 	return c
+}
+
+func findTracepoint(spec *btf.Spec, name string) error {
+	var t *btf.Typedef
+	return spec.TypeByName("btf_trace_"+name, &t)
+}
+
+func hasTracepoint(name string) bool {
+	spec, err := btf.LoadKernelSpec()
+	return err == nil && findTracepoint(spec, name) == nil
 }
 
 func probeBPFFS() Check {

@@ -5,11 +5,11 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
 
-	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 )
 
@@ -57,8 +57,11 @@ func (e *Epoch) changed(now Device) Loss {
 	if now.DiskSeq != e.DiskSeq() {
 		l |= LossReplaced
 	}
-	if now.Size != e.Size() {
+	if now.Size != e.Size() || now.Start != int64(e.hdr(hdrStart))*512 {
 		l |= LossResized
+	}
+	if now.Table != e.hdr(hdrTable) {
+		l |= LossTable
 	}
 	return l
 }
@@ -78,8 +81,7 @@ func (t *Tracker) Register(dev Device, shift uint) (*Registration, error) {
 	if !t.intact() {
 		return nil, ErrDetached
 	}
-	var d trackerDevice
-	if err := t.maps.Devices.Lookup(dev.key(), &d); err == nil {
+	if _, _, ok := t.devices.find(dev.own()); ok {
 		return nil, fmt.Errorf("%s: tracked already", dev.Path)
 	}
 	slot, err := t.freeSlot()
@@ -99,21 +101,7 @@ func (t *Tracker) Register(dev Device, shift uint) (*Registration, error) {
 		_ = r.Close()
 		return nil, err
 	}
-	if err := t.resetCounts(slot); err != nil {
-		_ = r.Close()
-		return nil, err
-	}
-	granules := uint64(dev.Size+(1<<shift)-1) >> shift
-	if r.current, err = r.begin(shape{n: 1, granules: granules, shift: shift, size: dev.Size, diskSeq: dev.DiskSeq, tracked: uint64(time.Now().UnixNano())}); err != nil {
-		_ = r.Close()
-		return nil, err
-	}
-	if err := t.maps.Epochs.Put(slot, r.current.m); err != nil {
-		_ = r.Close()
-		return nil, fmt.Errorf("install the first epoch: %w", err)
-	}
-	d = trackerDevice{Slot: slot, GranuleShift: uint32(shift), Granules: r.current.Granules()}
-	if err := t.maps.Devices.Put(dev.key(), d); err != nil {
+	if err := r.install(shift); err != nil {
 		_ = r.Close()
 		return nil, fmt.Errorf("register %s: %w", dev.Path, err)
 	}
@@ -123,19 +111,40 @@ func (t *Tracker) Register(dev Device, shift uint) (*Registration, error) {
 	return r, nil
 }
 
+// install gives r its first epoch and shows the device to the programs.
+func (r *Registration) install(shift uint) error {
+	if err := r.t.resetCounts(r.slot); err != nil {
+		return err
+	}
+	if err := r.t.forgetWriters(r.slot, 0, ^uint64(0)); err != nil {
+		return err
+	}
+	var err error
+	if r.current, err = r.begin(shape{
+		n: 1, granules: uint64(r.dev.Size+(1<<shift)-1) >> shift, shift: shift, size: r.dev.Size, start: uint64(r.dev.Start) / 512,
+		diskSeq: r.dev.DiskSeq, table: r.dev.Table, tracked: uint64(time.Now().UnixNano()),
+	}); err != nil {
+		return err
+	}
+	// Waits for a grace period, as insert wants it.
+	if err := r.t.maps.Epochs.Put(r.slot, r.current.m); err != nil {
+		return fmt.Errorf("install the first epoch: %w", err)
+	}
+	sectors := uint64(r.dev.Size) / 512
+	return r.t.devices.insert(place{
+		key: r.dev.key(), own: r.dev.own(), slot: r.slot, shift: uint32(shift), start: uint64(r.dev.Start) / 512, sectors: sectors,
+		heatShift: heatShift(sectors), whole: !r.dev.Partition,
+	})
+}
+
 func (t *Tracker) freeSlot() (uint32, error) {
 	var used [maxDevices]bool
-	var key uint32
-	var d trackerDevice
-	it := t.maps.Devices.Iterate()
-	for it.Next(&key, &d) {
-		if d.Slot < maxDevices {
-			used[d.Slot] = true
+	t.devices.all(func(_ uint32, p place) bool {
+		if p.slot < maxDevices {
+			used[p.slot] = true
 		}
-	}
-	if err := it.Err(); err != nil {
-		return 0, fmt.Errorf("read the devices: %w", err)
-	}
+		return true
+	})
 	for i, u := range used {
 		if !u {
 			return uint32(i), nil
@@ -152,38 +161,30 @@ func (t *Tracker) Forget(dev Device) error {
 		return err
 	}
 	defer func() { _ = lock.Close() }()
-	var d trackerDevice
-	if err := t.maps.Devices.Lookup(dev.key(), &d); err != nil {
-		if errors.Is(err, ebpf.ErrKeyNotExist) {
-			return nil
-		}
-		return fmt.Errorf("look up %s: %w", dev.Path, err)
+	at, p, ok := t.devices.find(dev.own())
+	if !ok {
+		return nil
 	}
-	slot, err := lockDir(t.slotDir(d.Slot), unix.LOCK_EX|unix.LOCK_NB)
+	slot, err := lockDir(t.slotDir(p.slot), unix.LOCK_EX|unix.LOCK_NB)
 	if err == nil {
 		defer func() { _ = slot.Close() }()
 	} else if !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("%s: %w", dev.Path, err)
 	}
-	if err := t.maps.Devices.Delete(dev.key()); err != nil {
-		return fmt.Errorf("forget %s: %w", dev.Path, err)
-	}
-	return os.RemoveAll(t.slotDir(d.Slot))
+	t.devices.remove(at)
+	return os.RemoveAll(t.slotDir(p.slot))
 }
 
 // Acquire takes hold of a device that is tracked. Errors wrap ErrNotRegistered
 // or ErrBusy. Look at Changed before you believe it.
 func (t *Tracker) Acquire(dev Device) (*Registration, error) {
-	var d trackerDevice
-	if err := t.maps.Devices.Lookup(dev.key(), &d); err != nil {
-		if errors.Is(err, ebpf.ErrKeyNotExist) {
-			return nil, fmt.Errorf("%s: %w", dev.Path, ErrNotRegistered)
-		}
-		return nil, fmt.Errorf("look up %s: %w", dev.Path, err)
+	_, p, ok := t.devices.find(dev.own())
+	if !ok {
+		return nil, fmt.Errorf("%s: %w", dev.Path, ErrNotRegistered)
 	}
-	r := &Registration{t: t, dev: dev, slot: d.Slot}
+	r := &Registration{t: t, dev: dev, slot: p.slot}
 	var err error
-	if r.lock, err = lockDir(t.slotDir(d.Slot), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if r.lock, err = lockDir(t.slotDir(p.slot), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil, fmt.Errorf("%s: %w", dev.Path, err)
 	}
 	if err := r.load(); err != nil {
@@ -279,14 +280,23 @@ func (r *Registration) drop(which func(*Epoch) bool) {
 	})
 }
 
-// shape is what an epoch takes over from the one before. Size and diskSeq are those
-// of the registration: a change is a loss, not a new base.
+// shape is what an epoch takes over from the one before. Size, start, diskSeq and table
+// are those of the registration: a change is a loss, not a new base.
 type shape struct {
-	n, granules uint64
-	shift       uint
-	size        int64
-	diskSeq     uint64
-	tracked     uint64 // UnixNano
+	n, granules    uint64
+	shift          uint
+	size           int64
+	start          uint64 // sectors
+	diskSeq, table uint64
+	tracked        uint64 // UnixNano
+}
+
+// next is the shape of the epoch after e.
+func (e *Epoch) next() shape {
+	return shape{
+		n: e.Last() + 1, granules: e.Granules(), shift: e.GranuleShift(), size: e.Size(), start: e.hdr(hdrStart),
+		diskSeq: e.DiskSeq(), table: e.hdr(hdrTable), tracked: e.hdr(hdrTracked),
+	}
 }
 
 // begin makes and pins an epoch; nothing writes to it before it is installed.
@@ -306,8 +316,10 @@ func (r *Registration) begin(s shape) (*Epoch, error) {
 	w[hdrShift] = uint64(s.shift)
 	w[hdrGranules] = s.granules
 	w[hdrSize] = uint64(s.size)
-	w[hdrDev] = uint64(r.dev.key())
+	w[hdrDev] = uint64(r.dev.own())
+	w[hdrStart] = s.start
 	w[hdrDiskSeq] = s.diskSeq
+	w[hdrTable] = s.table
 	w[hdrID], w[hdrID+1] = r.id[0], r.id[1]
 	w[hdrFirst], w[hdrLast] = s.n, s.n
 	w[hdrOpenedAt] = uint64(time.Now().UnixNano())
@@ -321,7 +333,12 @@ func (r *Registration) begin(s shape) (*Epoch, error) {
 		e.close()
 		return nil, err
 	}
-	w[hdrSectors] = counts.SubmitSectors
+	w[hdrSectors], w[hdrLanded] = counts.SubmitSectors, counts.CompleteSectors
+	// After the programs' counts, as finish takes it before them: a write that is
+	// just being counted is never in the kernel's alone.
+	if n, ok := r.dev.kernelSectors(); ok {
+		w[hdrKernel], w[hdrCounting] = n, 1
+	}
 	e.pin = filepath.Join(r.t.slotDir(r.slot), fmt.Sprintf("e%016x", s.n))
 	if err := e.m.Pin(e.pin); err != nil {
 		e.close()
@@ -335,7 +352,7 @@ func (r *Registration) begin(s shape) (*Epoch, error) {
 // it. It stays retained, also when this process dies, until Release.
 func (r *Registration) Swap() (*Epoch, error) {
 	c := r.current
-	next, err := r.begin(shape{n: c.Last() + 1, granules: c.Granules(), shift: c.GranuleShift(), size: c.Size(), diskSeq: c.DiskSeq(), tracked: c.hdr(hdrTracked)})
+	next, err := r.begin(c.next())
 	if err != nil {
 		return nil, err
 	}
@@ -381,16 +398,24 @@ func (r *Registration) finish(e *Epoch) error {
 		loss |= LossPassthrough
 	}
 	now, err := Lookup(r.dev.Path)
-	if err != nil || now.key() != r.dev.key() {
+	if err != nil || now.own() != r.dev.own() {
 		loss |= LossReplaced
 	} else {
 		loss |= e.changed(now)
 	}
+	kernel, counting := r.dev.kernelSectors()
 	counts, err := r.t.counts(r.slot)
 	if err != nil {
 		return err
 	}
 	w[hdrSectors] = counts.SubmitSectors - w[hdrSectors]
+	w[hdrLanded] = counts.CompleteSectors - w[hdrLanded]
+	if w[hdrKernel] = kernel - w[hdrKernel]; !counting {
+		w[hdrKernel], w[hdrCounting] = 0, 0
+	}
+	if w[hdrCounting] == 1 && countedAll(w[hdrMissed:]) && uncounted(w[hdrKernel], w[hdrSectors], w[hdrLanded], runtime.NumCPU()) {
+		loss |= LossUncounted
+	}
 	w[hdrLoss] |= uint64(loss)
 	w[hdrClosedAt] = uint64(time.Now().UnixNano())
 	w[hdrClosed] = 1
@@ -413,6 +438,7 @@ func (r *Registration) Fold() {
 // them is durable.
 func (r *Registration) Release(last uint64) {
 	r.drop(func(e *Epoch) bool { return e.Last() <= last })
+	_ = r.t.forgetWriters(r.slot, 0, last) // what stays only takes room
 }
 
 // Close lets go of the device. Tracking goes on.
@@ -442,88 +468,8 @@ func (r *Registration) Unregister() error {
 		return err
 	}
 	defer func() { _ = lock.Close() }()
-	err = r.t.maps.Devices.Delete(r.dev.key())
-	if err == nil {
-		err = clearDir(r.t.slotDir(r.slot))
+	if at, _, ok := r.t.devices.find(r.dev.own()); ok {
+		r.t.devices.remove(at)
 	}
-	return errors.Join(err, r.Close())
-}
-
-// Counts are the events of one device since it was registered.
-type Counts struct {
-	Submits, SubmitSectors       uint64 // write bios, 512-byte sectors
-	Completions, CompleteSectors uint64
-	Discards                     uint64 // and write-zeroes
-	Passthrough                  uint64
-}
-
-// Events changes whenever any copy of a program ran for the device or was
-// dropped on this host: as long as it stays the same, nobody wrote.
-func (r *Registration) Events() (uint64, error) {
-	missed, err := r.t.Misses()
-	if err != nil {
-		return 0, err
-	}
-	var n uint64
-	for _, m := range missed {
-		n += m
-	}
-	for c := range uint32(copies) {
-		sum, err := r.t.copyCounts(r.slot, c)
-		if err != nil {
-			return 0, err
-		}
-		n += sum.Submits + sum.Completions + sum.Passthrough
-	}
-	return n, nil
-}
-
-// resetCounts makes a slot's counters begin at 0 for its new device.
-func (t *Tracker) resetCounts(slot uint32) error {
-	cpus, err := ebpf.PossibleCPU()
-	if err != nil {
-		return fmt.Errorf("count processors: %w", err)
-	}
-	for c := range uint32(copies) {
-		if err := t.maps.Counts.Put(slot*copies+c, make([]trackerCounters, cpus)); err != nil {
-			return fmt.Errorf("reset counters: %w", err)
-		}
-	}
-	return nil
-}
-
-// counts takes, of the copies, the one that saw most.
-func (t *Tracker) counts(slot uint32) (Counts, error) {
-	var best Counts
-	for c := range uint32(copies) {
-		sum, err := t.copyCounts(slot, c)
-		if err != nil {
-			return best, err
-		}
-		best.Submits = max(best.Submits, sum.Submits)
-		best.SubmitSectors = max(best.SubmitSectors, sum.SubmitSectors)
-		best.Completions = max(best.Completions, sum.Completions)
-		best.CompleteSectors = max(best.CompleteSectors, sum.CompleteSectors)
-		best.Discards = max(best.Discards, sum.Discards)
-		best.Passthrough = max(best.Passthrough, sum.Passthrough)
-	}
-	return best, nil
-}
-
-// copyCounts adds up what one copy counted on all processors.
-func (t *Tracker) copyCounts(slot, c uint32) (Counts, error) {
-	var sum Counts
-	var perCPU []trackerCounters
-	if err := t.maps.Counts.Lookup(slot*copies+c, &perCPU); err != nil {
-		return sum, fmt.Errorf("counters: %w", err)
-	}
-	for _, v := range perCPU {
-		sum.Submits += v.Submits
-		sum.SubmitSectors += v.SubmitSectors
-		sum.Completions += v.Completions
-		sum.CompleteSectors += v.CompleteSectors
-		sum.Discards += v.Discards
-		sum.Passthrough += v.Passthrough
-	}
-	return sum, nil
+	return errors.Join(clearDir(r.t.slotDir(r.slot)), r.Close())
 }

@@ -22,37 +22,34 @@ type Status struct {
 	Taint        Taint
 	Loss         Loss
 	Counts       Counts
+	Heat         Heat
 }
 
 // Status lists the tracked devices. It takes no lock: a device that is
 // swapping epochs may be seen half way.
 func (t *Tracker) Status() ([]Status, error) {
 	var out []Status
-	var key uint32
-	var d trackerDevice
-	it := t.maps.Devices.Iterate()
-	for it.Next(&key, &d) {
-		s, err := t.status(key, d)
-		if errors.Is(err, os.ErrNotExist) {
-			continue // gone meanwhile
+	var err error
+	t.devices.all(func(_ uint32, p place) bool {
+		var s Status
+		s, err = t.status(p)
+		switch {
+		case errors.Is(err, os.ErrNotExist):
+			err = nil // gone meanwhile
+		case err == nil:
+			out = append(out, s)
 		}
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, s)
-	}
-	if err := it.Err(); err != nil {
-		return nil, fmt.Errorf("read the devices: %w", err)
-	}
-	return out, nil
+		return err == nil
+	})
+	return out, err
 }
 
-func (t *Tracker) status(key uint32, d trackerDevice) (Status, error) {
-	s := Status{Major: key >> 20, Minor: key & (1<<20 - 1), Granule: 1 << d.GranuleShift}
+func (t *Tracker) status(p place) (Status, error) {
+	s := Status{Major: p.own >> 20, Minor: p.own & (1<<20 - 1), Granule: 1 << p.shift, Heat: t.heat(p)}
 	if sys, err := filepath.EvalSymlinks(fmt.Sprintf("/sys/dev/block/%d:%d", s.Major, s.Minor)); err == nil {
 		s.Name = filepath.Base(sys)
 	}
-	epochs, err := t.pinnedEpochs(d.Slot)
+	epochs, err := t.pinnedEpochs(p.slot)
 	if err != nil {
 		return s, err
 	}
@@ -66,6 +63,6 @@ func (t *Tracker) status(key uint32, d trackerDevice) (Status, error) {
 		e.close()
 	}
 	s.Retained = len(epochs) - 1
-	s.Counts, err = t.counts(d.Slot)
+	s.Counts, err = t.counts(p.slot)
 	return s, err
 }

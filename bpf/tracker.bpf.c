@@ -7,51 +7,41 @@
 //
 // Every event has three identical programs: the kernel drops a tracing program
 // that nests with itself on a CPU (prog->active in kernel/bpf/trampoline.c and
-// bpf_trace_run), so an event is lost only if all copies missed it.
+// bpf_trace_run), so an event is lost only if all copies missed it. Copy 0 also
+// counts.
 
-#include "kernel.h"
-
-#include <bpf/bpf_core_read.h>
-#include <bpf/bpf_helpers.h>
-#include <bpf/bpf_tracing.h>
-
-#include "layout.h"
+#include "mark.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
+// Set before loading.
+const volatile __u32 broken = 0; // BROKEN_*, in tests
+// Address of bio_chain_endio (block/bio.c), which ends the parts that were split off a
+// bio; 0 if userspace could not find it.
+const volatile __u64 chain_endio = 0;
+
+// What is tracked: a disk, or a window of one (a partition). Found by the disk's number:
+// from the place it hashes to on, up to the first one that is free, each that has
+// the key is one window. Userspace writes key last and removes it first, and
+// waits for a grace period before it uses a place again.
 struct device {
-	__u32 slot;	     // in epochs
+	__u32 key; // of the whole disk: major << 20 | minor
+	__u32 own; // of the partition
+	__u32 slot;
 	__u32 granule_shift; // log2 of bytes
-	__u64 granules;	     // bits in the bitmap
+	__u64 start;	     // of the window, sectors of 512 bytes
+	__u64 sectors;
+	__u32 heat_shift; // log2 of the sectors of a heat region
+	__u32 whole;	  // 1: a write past its end means that it grew
 };
 
-// Whole-disk device number (major << 20 | minor) to what is tracked there.
 struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, MAX_DEVICES);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, PLACES);
+	__uint(map_flags, BPF_F_MMAPABLE);
 	__type(key, __u32);
 	__type(value, struct device);
 } devices SEC(".maps");
-
-struct epoch_map {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(map_flags, BPF_F_MMAPABLE | BPF_F_INNER_MAP);
-	__uint(max_entries, HEADER_WORDS + 1);
-	__type(key, __u32);
-	__type(value, __u64);
-};
-
-// The current epoch of each slot: HEADER_WORDS words, then the dirty bitmap.
-// Replacing an entry is the epoch swap: the update returns only after an RCU
-// grace period (maybe_wait_bpf_programs in kernel/bpf/syscall.c), so that no
-// program can still write to the epoch that was taken out.
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
-	__uint(max_entries, MAX_DEVICES);
-	__type(key, __u32);
-	__array(values, struct epoch_map);
-} epochs SEC(".maps");
 
 struct range {
 	__u64 sector;
@@ -68,127 +58,14 @@ struct {
 	__type(value, struct range);
 } inflight SEC(".maps");
 
-// What was counted since the programs were loaded, by slot and copy: the
-// copies count apart, so that the one that missed least tells the truth.
-struct counters {
-	__u64 submits;	     // write bios submitted
-	__u64 submit_sectors; // of 512 bytes
-	__u64 completions;
-	__u64 complete_sectors;
-	__u64 discards; // discards and write-zeroes submitted
-	__u64 passthrough;
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, MAX_DEVICES *COPIES);
-	__type(key, __u32);
-	__type(value, struct counters);
-} counts SEC(".maps");
-
-// Losses that no device can be blamed for.
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, HOST_WORDS);
-	__uint(map_flags, BPF_F_MMAPABLE);
-	__type(key, __u32);
-	__type(value, __u64);
-} host SEC(".maps");
-
-static __always_inline void host_add(__u32 what)
-{
-	__u64 *n = bpf_map_lookup_elem(&host, &what);
-	if (n)
-		__sync_fetch_and_add(n, 1);
-}
-
-static __always_inline void taint(void *epoch, __u64 why)
-{
-	__u32 i = HDR_TAINT;
-	__u64 *w = bpf_map_lookup_elem(epoch, &i);
-	if (w && (*w & why) != why)
-		__sync_fetch_and_or(w, why);
-}
-
-struct span {
-	void *epoch;
-	__u64 first; // granules, inclusive
-	__u64 last;
-};
-
-// One word of the bitmap. A bit that is set stays set until the epoch is
-// closed, so looking first is safe and spares the locked instruction.
-static __always_inline long mark_word(void *epoch, __u64 word, __u64 first, __u64 last)
-{
-	__u32 i = HEADER_WORDS + word;
-	__u64 mask = ~0ULL, lo = word * 64;
-	__u64 *w = bpf_map_lookup_elem(epoch, &i);
-
-	if (!w)
-		return 1;
-	if (first > lo)
-		mask &= ~0ULL << ((first - lo) & 63);
-	if (last < lo + 63)
-		mask &= ~0ULL >> ((63 - (last - lo)) & 63);
-	if ((*w & mask) != mask)
-		__sync_fetch_and_or(w, mask);
-	return 0;
-}
-
-static long mark_loop(__u32 n, struct span *s)
-{
-	return mark_word(s->epoch, s->first / 64 + n, s->first, s->last);
-}
-
-static __always_inline void mark(void *epoch, struct device *d, __u64 sector, __u64 bytes)
-{
-	struct span s = {.epoch = epoch};
-	__u64 words;
-
-	if (!bytes)
-		return;
-	s.first = (sector << 9) >> d->granule_shift;
-	s.last = ((sector << 9) + bytes - 1) >> d->granule_shift;
-	if (s.last >= d->granules) {
-		// The device grew, or the range is nonsense: userspace must look.
-		taint(epoch, TAINT_RANGE);
-		if (s.first >= d->granules)
-			return;
-		s.last = d->granules - 1;
-	}
-	words = s.last / 64 - s.first / 64 + 1;
-	if (words == 1) {
-		if (mark_word(epoch, s.first / 64, s.first, s.last))
-			taint(epoch, TAINT_BITMAP);
-	} else if (bpf_loop(words, mark_loop, &s, 0) != words) {
-		taint(epoch, TAINT_BITMAP);
-	}
-}
-
 static __always_inline __u32 disk_key(struct gendisk *disk)
 {
 	return (__u32)disk->major << 20 | (__u32)disk->first_minor;
 }
 
-// The device of a key and its current epoch, or NULL if it is not tracked.
-static __always_inline struct device *tracked(__u32 key, void **epoch)
+static __always_inline __u32 first_place(__u32 key)
 {
-	struct device *d = bpf_map_lookup_elem(&devices, &key);
-
-	if (!d)
-		return NULL;
-	*epoch = bpf_map_lookup_elem(&epochs, &d->slot);
-	if (!*epoch) {
-		host_add(HOST_NO_EPOCH);
-		return NULL;
-	}
-	return d;
-}
-
-static __always_inline struct counters *count(struct device *d, __u32 copy)
-{
-	__u32 i = d->slot * COPIES + copy;
-	return bpf_map_lookup_elem(&counts, &i);
+	return (key * 2654435761U) >> 22; // PLACES is 1 << 10
 }
 
 static __always_inline int op_writes(__u32 op)
@@ -207,47 +84,77 @@ static __always_inline int op_opaque(__u32 op)
 	return op_writes(op) && op != REQ_OP_WRITE && !op_discards(op);
 }
 
-static __always_inline int on_queue(struct bio *bio, __u32 copy)
+enum kind { SUBMIT, COMPLETE, DIRTY };
+
+struct event {
+	__u32 kind;
+	__u32 op;
+	__u64 sector; // on the whole disk
+	__u32 bytes;
+	__u32 counts;	  // 1 for copy 0
+	__u64 why;	  // taints to set
+	struct bio *bios; // to be marked too
+};
+
+// The part of an event that lies in a window.
+struct part {
+	__u64 from; // sectors from the window's start
+	__u64 sectors;
+	__u64 fresh;
+};
+
+static __always_inline void count_event(struct device *d, void *epoch, const struct event *e, const struct part *p)
 {
-	struct gendisk *disk;
-	struct device *d;
-	struct counters *c;
-	void *epoch;
-	__u32 op = bio->bi_opf & REQ_OP_MASK, key, bytes;
-	__u64 sector;
+	struct counters *c = bpf_map_lookup_elem(&counts, &d->slot);
 
-	if (!op_writes(op))
-		return 0;
-	disk = bio->bi_bdev->bd_disk;
-	key = disk_key(disk);
-	d = tracked(key, &epoch);
-	if (!d)
-		return 0;
-	if (op_opaque(op)) {
-		taint(epoch, TAINT_OPCODE);
-		return 0;
+	if (!c)
+		return;
+	if (e->why & TAINT_PASSTHROUGH) {
+		c->passthrough++;
+		return;
 	}
-	sector = bio->bi_iter.bi_sector;
-	bytes = bio->bi_iter.bi_size;
-	mark(epoch, d, sector, bytes);
+	if (e->kind == COMPLETE) {
+		c->completions++;
+		c->complete_sectors += p->sectors;
+		return;
+	}
+	c->submits++;
+	if (!p->sectors)
+		return;
+	c->submit_sectors += p->sectors;
+	if (op_discards(e->op)) {
+		c->discards++;
+		c->discard_sectors += p->sectors;
+	}
+	if (!p->fresh) {
+		c->rewrites++;
+		c->rewrite_sectors += p->sectors;
+	}
+	writes(c, d->slot, epoch, p->sectors << 9);
+	warm(d->slot, p->from >> d->heat_shift, p->sectors << 9);
+}
 
-	c = count(d, copy);
-	if (c) {
-		c->submits++;
-		c->submit_sectors += bytes >> 9;
-		if (op_discards(op))
-			c->discards++;
-	}
-	// Also where it carries no data, such as a flush: that it has an entry tells at
-	// its completion that it was seen.
-	if (disk->fops->submit_bio) {
-		struct range r = {.sector = sector, .bytes = bytes, .dev = key};
-		__u64 ptr = (__u64)bio;
+// Marks what the range covers of the window. False if that is nothing.
+static __always_inline int touch(struct device *d, void *epoch, __u64 sector, __u32 bytes, int marks, struct part *p)
+{
+	__u64 first = sector, end = sector + (bytes >> 9), start = d->start, limit = start + d->sectors;
+	__u32 shift = d->granule_shift - 9;
 
-		if (bpf_map_update_elem(&inflight, &ptr, &r, BPF_ANY))
-			taint(epoch, TAINT_INFLIGHT);
+	if (end > limit) {
+		// The device grew, or the range is nonsense: userspace must look.
+		if (d->whole)
+			taint(epoch, TAINT_RANGE);
+		end = limit;
 	}
-	return 0;
+	if (first < start)
+		first = start;
+	if (first >= end)
+		return !bytes;
+	p->from = first - start;
+	p->sectors = end - first;
+	if (marks && !mark(epoch, p->from >> shift, (end - 1 - start) >> shift, &p->fresh))
+		taint(epoch, TAINT_BITMAP);
+	return 1;
 }
 
 struct bio_walk {
@@ -259,134 +166,195 @@ struct bio_walk {
 static long walk_loop(__u32 n, struct bio_walk *w)
 {
 	struct bio *bio = w->bio;
+	struct part p = {};
 
 	if (!bio)
 		return 1;
-	mark(w->epoch, w->d, BPF_CORE_READ(bio, bi_iter.bi_sector), BPF_CORE_READ(bio, bi_iter.bi_size));
+	touch(w->d, w->epoch, BPF_CORE_READ(bio, bi_iter.bi_sector), BPF_CORE_READ(bio, bi_iter.bi_size), 1, &p);
 	w->bio = BPF_CORE_READ(bio, bi_next);
 	return 0;
 }
 
-static __always_inline int on_rq_complete(struct request *rq, __u32 bytes, __u32 copy)
+// One event on one window.
+static __always_inline void one(struct device *d, const struct event *e)
 {
-	struct gendisk *disk;
-	struct device *d;
-	struct counters *c;
-	void *epoch;
-	__u32 op = rq->cmd_flags & REQ_OP_MASK, key;
+	void *epoch = bpf_map_lookup_elem(&epochs, &d->slot);
+	int marks = !(broken & (e->kind == SUBMIT ? BROKEN_NO_SUBMIT : BROKEN_NO_COMPLETE));
+	struct part p = {};
 
-	if (!op_writes(op) || (!bytes && op != REQ_OP_DRV_OUT))
-		return 0;
-	disk = rq->q->disk;
-	if (!disk) {
-		// Counted at issue too: it belongs to both epochs.
-		host_add(HOST_PASSTHROUGH);
-		return 0;
+	if (!epoch) {
+		host_add(HOST_NO_EPOCH);
+		return;
 	}
-	key = disk_key(disk);
-	d = tracked(key, &epoch);
-	if (!d)
-		return 0;
-	if (op_opaque(op)) {
-		taint(epoch, op == REQ_OP_DRV_OUT ? TAINT_PASSTHROUGH : TAINT_OPCODE);
-		return 0;
+	if (e->kind == DIRTY) {
+		if (e->sector >= d->start && e->sector < d->start + d->sectors)
+			dirties(d->slot, epoch, e->bytes);
+		return;
 	}
-	mark(epoch, d, rq->__sector, bytes);
-	if (op == REQ_OP_DISCARD) {
+	if (e->why)
+		taint(epoch, e->why);
+	if (!touch(d, epoch, e->sector, e->bytes, marks, &p))
+		return;
+	if (e->bios && marks) {
 		// A request may hold discards that do not touch each other.
-		struct bio_walk w = {.bio = rq->bio, .d = d, .epoch = epoch};
+		struct bio_walk w = {.bio = e->bios, .d = d, .epoch = epoch};
 
 		bpf_loop(MAX_DISCARDS, walk_loop, &w, 0);
 		if (w.bio)
 			taint(epoch, TAINT_DISCARDS);
 	}
-	c = count(d, copy);
-	if (c) {
-		c->completions++;
-		c->complete_sectors += bytes >> 9;
-	}
+	if (e->counts)
+		count_event(d, epoch, e, &p);
+}
+
+struct search {
+	struct event e;
+	__u32 key; // of the disk
+	__u32 place;
+};
+
+static long search_loop(__u32 n, struct search *s)
+{
+	struct device *d = bpf_map_lookup_elem(&devices, &s->place);
+
+	if (!d || d->key == PLACE_FREE)
+		return 1;
+	s->place = (s->place + 1) & (PLACES - 1);
+	if (d->key == s->key)
+		one(d, &s->e);
 	return 0;
 }
 
-// Address of bio_chain_endio (block/bio.c), which ends the parts that were split off a
-// bio; 0 if userspace could not find it.
-const volatile __u64 chain_endio = 0;
-
-static __always_inline int on_bio_complete(struct bio *bio, __u32 copy)
+// The event on all windows of its disk. False if there are none.
+static __always_inline int spread(const struct event *e, __u32 key)
 {
+	struct search s;
 	struct device *d;
-	struct range *r, saved = {};
-	struct counters *c;
-	void *epoch;
-	__u32 op = bio->bi_opf & REQ_OP_MASK, key;
-	__u64 ptr = (__u64)bio, end_io;
+	__u32 place = first_place(key);
 
-	if (!op_writes(op))
+	d = bpf_map_lookup_elem(&devices, &place);
+	if (!d || d->key == PLACE_FREE)
 		return 0;
-	end_io = (__u64)bio->bi_end_io;
-	// A part that was split off has no entry, only its own range.
-	key = disk_key(bio->bi_bdev->bd_disk);
-	saved.sector = bio->bi_iter.bi_sector;
-	saved.bytes = bio->bi_iter.bi_size;
-	r = bpf_map_lookup_elem(&inflight, &ptr);
-	if (r) {
-		saved = *r;
-		key = saved.dev;
+	if (d->key == key)
+		one(d, e);
+	// Mostly nothing lies behind it.
+	place = (place + 1) & (PLACES - 1);
+	d = bpf_map_lookup_elem(&devices, &place);
+	if (d && d->key != PLACE_FREE) {
+		s.e = *e;
+		s.key = key;
+		s.place = place;
+		bpf_loop(PROBES - 1, search_loop, &s, 0);
 	}
-	d = tracked(key, &epoch);
-	if (d) {
-		if (op_opaque(op)) {
-			taint(epoch, TAINT_OPCODE);
-		} else {
-			mark(epoch, d, saved.sector, saved.bytes);
-			// It was submitted before the device was tracked, or passed on by
-			// another: where it wrote is not known. A part is covered by
-			// its whole, which ends after it.
-			if (!r && end_io != chain_endio)
-				taint(epoch, TAINT_UNSEEN);
+	return 1;
+}
+
+static __always_inline int on_queue(struct bio *bio, __u32 copy)
+{
+	struct event e = {.kind = SUBMIT, .op = bio->bi_opf & REQ_OP_MASK, .counts = copy == 0};
+	struct gendisk *disk;
+	__u32 key;
+
+	if (!op_writes(e.op) || (copy && broken & BROKEN_ONE_COPY))
+		return 0;
+	disk = bio->bi_bdev->bd_disk;
+	key = disk_key(disk);
+	if (op_opaque(e.op)) {
+		e.why = TAINT_OPCODE;
+	} else {
+		e.sector = bio->bi_iter.bi_sector;
+		e.bytes = bio->bi_iter.bi_size;
+	}
+	if (!spread(&e, key))
+		return 0;
+	// Also where it carries no data, such as a flush: that it has an entry tells at
+	// its completion that it was seen. A disk that only shares a place with a tracked
+	// one gets entries too, and gives them back.
+	if (!e.why && disk->fops->submit_bio) {
+		struct range r = {.sector = e.sector, .bytes = e.bytes, .dev = key}, *was;
+		__u64 ptr = (__u64)bio;
+
+		if (copy) {
+			was = bpf_map_lookup_elem(&inflight, &ptr);
+			if (was && was->sector == r.sector && was->bytes == r.bytes && was->dev == r.dev)
+				return 0;
 		}
-		c = count(d, copy);
-		if (c && r) {
-			c->completions++;
-			c->complete_sectors += saved.bytes >> 9;
+		if (bpf_map_update_elem(&inflight, &ptr, &r, BPF_ANY)) {
+			struct event full = {.kind = SUBMIT, .why = TAINT_INFLIGHT};
+			spread(&full, key);
 		}
 	}
-	// The copies run in the order they were attached; the others need the entry
-	// until the last has seen it.
-	if (r && copy == COPIES - 1)
-		bpf_map_delete_elem(&inflight, &ptr);
 	return 0;
 }
 
-static __always_inline int on_rq_issue(struct request *rq, __u32 copy)
+static __always_inline int on_rq_complete(struct request *rq, __u32 bytes, __u32 copy)
 {
+	struct event e = {.kind = COMPLETE, .op = rq->cmd_flags & REQ_OP_MASK, .counts = copy == 0};
 	struct gendisk *disk;
-	struct device *d;
-	struct counters *c;
-	void *epoch;
-	__u32 op = rq->cmd_flags & REQ_OP_MASK, key;
+	int passthrough = e.op == REQ_OP_DRV_OUT;
 
-	// Commands that carry no data count as reads, whatever they do: write
-	// zeroes, format, sanitize.
-	if (op != REQ_OP_DRV_OUT && (op != REQ_OP_DRV_IN || rq->__data_len))
+	if (copy && broken & BROKEN_ONE_COPY)
+		return 0;
+	// Commands that carry no data count as reads, whatever they do: write zeroes,
+	// format, sanitize.
+	if (e.op == REQ_OP_DRV_IN && !rq->__data_len)
+		passthrough = 1;
+	if (!passthrough && (!op_writes(e.op) || !bytes))
 		return 0;
 	disk = rq->q->disk;
 	if (!disk) {
-		// Without data, it is a keep-alive more often than not: see docs/limits.md.
-		if (op == REQ_OP_DRV_IN)
-			return 0;
-		// A controller-wide queue: it may have written to any device.
-		host_add(HOST_PASSTHROUGH);
+		// A controller-wide queue: it may have written to any device. Without
+		// data, it is a keep-alive more often than not: see docs/limits.md.
+		if (e.op == REQ_OP_DRV_OUT)
+			host_add(HOST_PASSTHROUGH);
 		return 0;
 	}
-	key = disk_key(disk);
-	d = tracked(key, &epoch);
-	if (!d)
+	if (passthrough) {
+		e.why = TAINT_PASSTHROUGH;
+	} else if (op_opaque(e.op)) {
+		e.why = TAINT_OPCODE;
+	} else {
+		e.sector = rq->__sector;
+		e.bytes = bytes;
+		if (e.op == REQ_OP_DISCARD)
+			e.bios = rq->bio;
+	}
+	spread(&e, disk_key(disk));
+	return 0;
+}
+
+static __always_inline int on_bio_complete(struct bio *bio, __u32 copy)
+{
+	struct event e = {.kind = COMPLETE, .op = bio->bi_opf & REQ_OP_MASK};
+	struct range *r;
+	__u32 key;
+	__u64 ptr = (__u64)bio;
+
+	if (!op_writes(e.op) || (copy && broken & BROKEN_ONE_COPY))
 		return 0;
-	taint(epoch, TAINT_PASSTHROUGH);
-	c = count(d, copy);
-	if (c)
-		c->passthrough++;
+	key = disk_key(bio->bi_bdev->bd_disk);
+	r = bpf_map_lookup_elem(&inflight, &ptr);
+	if (r) {
+		key = r->dev;
+		e.sector = r->sector;
+		e.bytes = r->bytes;
+		e.counts = copy == 0;
+	} else if (op_opaque(e.op)) {
+		e.why = TAINT_OPCODE;
+	} else {
+		// A part that was split off has no entry, only its own range; it is covered by
+		// its whole, which ends after it. Any other was submitted before the
+		// device was tracked, or passed on by another: where it wrote is not known.
+		e.sector = bio->bi_iter.bi_sector;
+		e.bytes = bio->bi_iter.bi_size;
+		if ((__u64)bio->bi_end_io != chain_endio)
+			e.why = TAINT_UNSEEN;
+	}
+	spread(&e, key);
+	// The copies run in the order they were attached; the others need the entry
+	// until the last has seen it.
+	if (r && copy == (broken & BROKEN_ONE_COPY ? 0 : COPIES - 1))
+		bpf_map_delete_elem(&inflight, &ptr);
 	return 0;
 }
 
@@ -405,13 +373,31 @@ static __always_inline int on_rq_issue(struct request *rq, __u32 copy)
 	int BPF_PROG(bio_complete_##n, struct request_queue *q, struct bio *bio)                                 \
 	{                                                                                                         \
 		return on_bio_complete(bio, n);                                                                   \
-	}                                                                                                         \
-	SEC("tp_btf/block_rq_issue")                                                                             \
-	int BPF_PROG(rq_issue_##n, struct request *rq)                                                           \
-	{                                                                                                         \
-		return on_rq_issue(rq, n);                                                                        \
 	}
 
 COPY(0)
 COPY(1)
 COPY(2)
+
+// Who dirties pages of a device's own page cache: what writes them later is a kernel
+// thread. This names writers and proves nothing, so one copy is enough.
+SEC("tp_btf/writeback_dirty_folio")
+int BPF_PROG(dirty_folio, struct folio *folio, struct address_space *mapping)
+{
+	struct inode *inode;
+	struct block_device *bdev;
+	struct gendisk *disk;
+	struct event e = {.kind = DIRTY, .bytes = 1 << PAGE_SHIFT};
+
+	if (!mapping)
+		return 0;
+	inode = mapping->host;
+	if ((inode->i_mode & S_IFMT) != S_IFBLK)
+		return 0;
+	// I_BDEV() in block/bdev.c
+	bdev = (void *)inode - bpf_core_field_offset(struct bdev_inode, vfs_inode) + bpf_core_field_offset(struct bdev_inode, bdev);
+	disk = BPF_CORE_READ(bdev, bd_disk);
+	e.sector = BPF_CORE_READ(bdev, bd_start_sect) + (folio->index << (PAGE_SHIFT - 9));
+	spread(&e, (__u32)BPF_CORE_READ(disk, major) << 20 | (__u32)BPF_CORE_READ(disk, first_minor));
+	return 0;
+}

@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -18,11 +19,11 @@ import (
 )
 
 // programs are the tracepoint programs, each of which is attached copies times.
-var programs = []string{"bio_queue", "rq_complete", "bio_complete", "rq_issue"}
+var programs = []string{"bio_queue", "rq_complete", "bio_complete"}
 
 // Misses counts, per program and copy, the events the kernel did not give it:
 // index program*copies + copy, programs in the order of [ProgramNames].
-type Misses [12]uint64
+type Misses [9]uint64
 
 // ProgramNames are the tracking programs in the order of Misses.
 func ProgramNames() []string { return append([]string(nil), programs...) }
@@ -33,6 +34,8 @@ type Options struct {
 	Dir string
 	// AdoptOnly makes Open fail with ErrNotAttached where it would attach.
 	AdoptOnly bool
+	// Broken loads programs that lose writes. Zero in all other use than tests.
+	Broken Broken
 	// Misses replaces the reading of the kernel's counters: the seam
 	// through which a test makes an event be lost. Nil in all other use.
 	Misses func(kernel Misses) Misses
@@ -44,11 +47,14 @@ type Tracker struct {
 	dir      string
 	maps     trackerMaps
 	meta     *ebpf.Map
-	links    [12]link.Link
-	progs    [12]*ebpf.Program
+	links    [9]link.Link
+	progs    [9]*ebpf.Program
 	hostMap  *mapping
+	heatMap  *mapping
+	devices  table
+	broken   Broken
 	instance uint64
-	linkIDs  [12]uint32
+	linkIDs  [9]uint32
 	since    time.Time
 	fresh    string
 	seam     func(Misses) Misses
@@ -63,7 +69,7 @@ const (
 	metaInstance = 1
 	metaBoot     = 2 // and 3
 	metaSince    = 4
-	metaLinks    = 5  // 12 words
+	metaLinks    = 5  // 9 words
 	metaObject   = 17 // hash of the object that was loaded
 	metaWords    = 32
 )
@@ -94,7 +100,7 @@ func Open(o Options) (*Tracker, error) {
 	}
 	defer func() { _ = lock.Close() }()
 
-	t := &Tracker{dir: o.Dir, seam: o.Misses, open: map[*Registration]struct{}{}}
+	t := &Tracker{dir: o.Dir, seam: o.Misses, broken: o.Broken, open: map[*Registration]struct{}{}}
 	err = t.adopt()
 	if err == nil {
 		return t, nil
@@ -132,8 +138,14 @@ func (t *Tracker) Fresh() string { return t.fresh }
 // Since is when the programs were attached.
 func (t *Tracker) Since() time.Time { return t.since }
 
+// BootID is the boot of this host, in hex.
+func (t *Tracker) BootID() (string, error) {
+	id, err := bootID()
+	return hex.EncodeToString(id[:]), err
+}
+
 // LinkIDs are the kernel's IDs of the links, in the order of Misses.
-func (t *Tracker) LinkIDs() [12]uint32 { return t.linkIDs }
+func (t *Tracker) LinkIDs() [9]uint32 { return t.linkIDs }
 
 // Close releases this process' descriptors. Tracking goes on.
 func (t *Tracker) Close() error {
@@ -152,9 +164,11 @@ func (t *Tracker) Close() error {
 }
 
 func (t *Tracker) closeAll() {
-	if t.hostMap != nil {
-		t.hostMap.close()
-		t.hostMap = nil
+	for _, m := range []**mapping{&t.hostMap, &t.heatMap, &t.devices.mem} {
+		if *m != nil {
+			(*m).close()
+			*m = nil
+		}
 	}
 	for i := range t.links {
 		if t.links[i] != nil {
@@ -209,7 +223,7 @@ func Remove(dir string) error {
 func (t *Tracker) mapNames() map[string]**ebpf.Map {
 	return map[string]**ebpf.Map{
 		"devices": &t.maps.Devices, "epochs": &t.maps.Epochs, "inflight": &t.maps.Inflight,
-		"counts": &t.maps.Counts, "host": &t.maps.Host,
+		"counts": &t.maps.Counts, "host": &t.maps.Host, "heat": &t.maps.Heat, "writers": &t.maps.Writers,
 	}
 }
 
@@ -221,8 +235,8 @@ type notAdoptable string
 func (n notAdoptable) Error() string { return string(n) }
 
 // objectHash tells one version of the programs from another.
-func objectHash() uint64 {
-	h := sha256.Sum256(_TrackerBytes)
+func objectHash(b Broken) uint64 {
+	h := sha256.Sum256(append([]byte{byte(b)}, _TrackerBytes...))
 	return binary.BigEndian.Uint64(h[:])
 }
 
@@ -247,7 +261,7 @@ func (t *Tracker) adopt() error {
 	switch {
 	case len(m.words) < metaWords || m.words[metaMagic] != headerMagic:
 		return notAdoptable("the pinned tracker has another map layout, or its attaching was interrupted")
-	case m.words[metaObject] != objectHash():
+	case m.words[metaObject] != objectHash(t.broken):
 		return notAdoptable("the pinned tracker's programs are of another version")
 	case m.words[metaBoot] != binary.BigEndian.Uint64(boot[:8]) || m.words[metaBoot+1] != binary.BigEndian.Uint64(boot[8:]):
 		return notAdoptable("the pinned tracker is of another boot")
@@ -283,14 +297,26 @@ func (t *Tracker) adopt() error {
 			return fmt.Errorf("program %s: %w", programName(i), err)
 		}
 	}
-	t.hostMap, err = mapArray(t.maps.Host)
+	return t.mapShared()
+}
+
+// mapShared maps what is shared with the programs.
+func (t *Tracker) mapShared() error {
+	var err error
+	if t.hostMap, err = mapArray(t.maps.Host); err != nil {
+		return err
+	}
+	if t.heatMap, err = mapArray(t.maps.Heat); err != nil {
+		return err
+	}
+	t.devices, err = mapTable(t.maps.Devices)
 	return err
 }
 
 func (t *Tracker) attach() error {
-	spec, err := loadTracker()
+	spec, err := trackerSpec()
 	if err != nil {
-		return fmt.Errorf("read the embedded object: %w", err)
+		return err
 	}
 	addr, err := kernelSymbol("bio_chain_endio")
 	if err != nil {
@@ -298,6 +324,9 @@ func (t *Tracker) attach() error {
 	}
 	if err := spec.Variables["chain_endio"].Set(addr); err != nil {
 		return fmt.Errorf("set the address of bio_chain_endio: %w", err)
+	}
+	if err := spec.Variables["broken"].Set(uint32(t.broken)); err != nil {
+		return fmt.Errorf("set broken: %w", err)
 	}
 	coll, err := ebpf.NewCollection(spec)
 	if err != nil {
@@ -332,6 +361,9 @@ func (t *Tracker) attach() error {
 			}
 		}
 	}
+	if err := t.attachWriters(coll); err != nil {
+		return err
+	}
 	boot, err := bootID()
 	if err != nil {
 		return err
@@ -340,17 +372,50 @@ func (t *Tracker) attach() error {
 	m.words[metaBoot] = binary.BigEndian.Uint64(boot[:8])
 	m.words[metaBoot+1] = binary.BigEndian.Uint64(boot[8:])
 	m.words[metaInstance] = t.instance
-	m.words[metaObject] = objectHash()
+	m.words[metaObject] = objectHash(t.broken)
 	m.words[metaSince] = uint64(t.since.UnixNano())
 	for i, id := range t.linkIDs {
 		m.words[metaLinks+i] = uint64(id)
 	}
-	if t.hostMap, err = mapArray(t.maps.Host); err != nil {
+	if err := t.mapShared(); err != nil {
 		return err
 	}
 	// With its pin the tracker is complete; without it, nobody adopts the rest.
 	m.words[metaMagic] = headerMagic
 	return t.meta.Pin(filepath.Join(t.dir, "meta"))
+}
+
+// The program that names who dirties the page cache, and what it is attached to. It marks
+// nothing, and kernels before 5.19 lack the tracepoint.
+const (
+	programNamesWriters = "dirty_folio"
+	namesWriters        = "writeback_dirty_folio"
+)
+
+// trackerSpec is the embedded object without what this kernel has no tracepoint for.
+func trackerSpec() (*ebpf.CollectionSpec, error) {
+	spec, err := loadTracker()
+	if err != nil {
+		return nil, fmt.Errorf("read the embedded object: %w", err)
+	}
+	if !hasTracepoint(namesWriters) {
+		delete(spec.Programs, programNamesWriters)
+	}
+	return spec, nil
+}
+
+func (t *Tracker) attachWriters(coll *ebpf.Collection) error {
+	p := coll.DetachProgram(programNamesWriters)
+	if p == nil {
+		return nil
+	}
+	defer func() { _ = p.Close() }()
+	l, err := link.AttachTracing(link.TracingOptions{Program: p})
+	if err != nil {
+		return fmt.Errorf("attach %s: %w", programNamesWriters, err)
+	}
+	defer func() { _ = l.Close() }()
+	return l.Pin(filepath.Join(t.dir, "link-"+programNamesWriters))
 }
 
 func (t *Tracker) attachProgram(coll *ebpf.Collection, i int) error {

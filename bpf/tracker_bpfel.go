@@ -20,14 +20,28 @@ type trackerCounters struct {
 	Completions     uint64
 	CompleteSectors uint64
 	Discards        uint64
+	DiscardSectors  uint64
+	Rewrites        uint64
+	RewriteSectors  uint64
 	Passthrough     uint64
+	WriterEpoch     uint64
+	WriterWrites    uint64
+	WriterBytes     uint64
+	WriterTgid      uint32
+	WriterKernel    uint32
+	WriterComm      [16]int8
 }
 
 type trackerDevice struct {
 	_            structs.HostLayout
+	Key          uint32
+	Own          uint32
 	Slot         uint32
 	GranuleShift uint32
-	Granules     uint64
+	Start        uint64
+	Sectors      uint64
+	HeatShift    uint32
+	Whole        uint32
 }
 
 type trackerRange struct {
@@ -37,6 +51,22 @@ type trackerRange struct {
 	Dev    uint32
 }
 
+type trackerWriter struct {
+	_       structs.HostLayout
+	Writes  uint64
+	Bytes   uint64
+	Dirtied uint64
+	Comm    [16]int8
+	Kernel  uint64
+}
+
+type trackerWriterKey struct {
+	_     structs.HostLayout
+	Epoch uint64
+	Slot  uint32
+	Tgid  uint32
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
@@ -44,20 +74,21 @@ const (
 	trackerMapCounts        = "counts"
 	trackerMapDevices       = "devices"
 	trackerMapEpochs        = "epochs"
+	trackerMapHeat          = "heat"
 	trackerMapHost          = "host"
 	trackerMapInflight      = "inflight"
+	trackerMapWriters       = "writers"
 	trackerProgBioComplete0 = "bio_complete_0"
 	trackerProgBioComplete1 = "bio_complete_1"
 	trackerProgBioComplete2 = "bio_complete_2"
 	trackerProgBioQueue0    = "bio_queue_0"
 	trackerProgBioQueue1    = "bio_queue_1"
 	trackerProgBioQueue2    = "bio_queue_2"
+	trackerProgDirtyFolio   = "dirty_folio"
 	trackerProgRqComplete0  = "rq_complete_0"
 	trackerProgRqComplete1  = "rq_complete_1"
 	trackerProgRqComplete2  = "rq_complete_2"
-	trackerProgRqIssue0     = "rq_issue_0"
-	trackerProgRqIssue1     = "rq_issue_1"
-	trackerProgRqIssue2     = "rq_issue_2"
+	trackerVarBroken        = "broken"
 	trackerVarChainEndio    = "chain_endio"
 )
 
@@ -109,12 +140,10 @@ type trackerProgramSpecs struct {
 	BioQueue0    *ebpf.ProgramSpec `ebpf:"bio_queue_0"`
 	BioQueue1    *ebpf.ProgramSpec `ebpf:"bio_queue_1"`
 	BioQueue2    *ebpf.ProgramSpec `ebpf:"bio_queue_2"`
+	DirtyFolio   *ebpf.ProgramSpec `ebpf:"dirty_folio"`
 	RqComplete0  *ebpf.ProgramSpec `ebpf:"rq_complete_0"`
 	RqComplete1  *ebpf.ProgramSpec `ebpf:"rq_complete_1"`
 	RqComplete2  *ebpf.ProgramSpec `ebpf:"rq_complete_2"`
-	RqIssue0     *ebpf.ProgramSpec `ebpf:"rq_issue_0"`
-	RqIssue1     *ebpf.ProgramSpec `ebpf:"rq_issue_1"`
-	RqIssue2     *ebpf.ProgramSpec `ebpf:"rq_issue_2"`
 }
 
 // trackerMapSpecs contains maps before they are loaded into the kernel.
@@ -124,14 +153,17 @@ type trackerMapSpecs struct {
 	Counts   *ebpf.MapSpec `ebpf:"counts"`
 	Devices  *ebpf.MapSpec `ebpf:"devices"`
 	Epochs   *ebpf.MapSpec `ebpf:"epochs"`
+	Heat     *ebpf.MapSpec `ebpf:"heat"`
 	Host     *ebpf.MapSpec `ebpf:"host"`
 	Inflight *ebpf.MapSpec `ebpf:"inflight"`
+	Writers  *ebpf.MapSpec `ebpf:"writers"`
 }
 
 // trackerVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type trackerVariableSpecs struct {
+	Broken     *ebpf.VariableSpec `ebpf:"broken"`
 	ChainEndio *ebpf.VariableSpec `ebpf:"chain_endio"`
 }
 
@@ -158,8 +190,10 @@ type trackerMaps struct {
 	Counts   *ebpf.Map `ebpf:"counts"`
 	Devices  *ebpf.Map `ebpf:"devices"`
 	Epochs   *ebpf.Map `ebpf:"epochs"`
+	Heat     *ebpf.Map `ebpf:"heat"`
 	Host     *ebpf.Map `ebpf:"host"`
 	Inflight *ebpf.Map `ebpf:"inflight"`
+	Writers  *ebpf.Map `ebpf:"writers"`
 }
 
 func (m *trackerMaps) Close() error {
@@ -167,8 +201,10 @@ func (m *trackerMaps) Close() error {
 		m.Counts,
 		m.Devices,
 		m.Epochs,
+		m.Heat,
 		m.Host,
 		m.Inflight,
+		m.Writers,
 	)
 }
 
@@ -176,6 +212,7 @@ func (m *trackerMaps) Close() error {
 //
 // It can be passed to loadTrackerObjects or ebpf.CollectionSpec.LoadAndAssign.
 type trackerVariables struct {
+	Broken     *ebpf.Variable `ebpf:"broken"`
 	ChainEndio *ebpf.Variable `ebpf:"chain_endio"`
 }
 
@@ -189,12 +226,10 @@ type trackerPrograms struct {
 	BioQueue0    *ebpf.Program `ebpf:"bio_queue_0"`
 	BioQueue1    *ebpf.Program `ebpf:"bio_queue_1"`
 	BioQueue2    *ebpf.Program `ebpf:"bio_queue_2"`
+	DirtyFolio   *ebpf.Program `ebpf:"dirty_folio"`
 	RqComplete0  *ebpf.Program `ebpf:"rq_complete_0"`
 	RqComplete1  *ebpf.Program `ebpf:"rq_complete_1"`
 	RqComplete2  *ebpf.Program `ebpf:"rq_complete_2"`
-	RqIssue0     *ebpf.Program `ebpf:"rq_issue_0"`
-	RqIssue1     *ebpf.Program `ebpf:"rq_issue_1"`
-	RqIssue2     *ebpf.Program `ebpf:"rq_issue_2"`
 }
 
 func (p *trackerPrograms) Close() error {
@@ -205,12 +240,10 @@ func (p *trackerPrograms) Close() error {
 		p.BioQueue0,
 		p.BioQueue1,
 		p.BioQueue2,
+		p.DirtyFolio,
 		p.RqComplete0,
 		p.RqComplete1,
 		p.RqComplete2,
-		p.RqIssue0,
-		p.RqIssue1,
-		p.RqIssue2,
 	)
 }
 

@@ -38,22 +38,40 @@ type Delta struct {
 	Unknown []string // why the extents couldn't be proven to hold every change
 	// Evidence is what the judgement rests on.
 	Evidence Evidence
+	// Writers are the processes that wrote since the ID asked for, as far as is known.
+	Writers []Writer
+}
+
+// Writer is a process that wrote to a disk. It is there to be named, and proves nothing.
+type Writer struct {
+	PID     int
+	Comm    string
+	Kernel  bool   // a kernel thread
+	Writes  uint64 // bios that it submitted
+	Bytes   uint64 // in them
+	Dirtied uint64 // bytes of the device's page cache that it dirtied; a kernel thread submits them later
 }
 
 // Evidence is what a reader needs to judge whether a write can have been missed.
 type Evidence struct {
-	Method      string    `json:"method"`           // "ebpf" or "none"
-	Device      string    `json:"device,omitempty"` // major:minor
-	Opened      time.Time `json:"opened,omitzero"`
-	Closed      time.Time `json:"closed,omitzero"`
-	FirstEpoch  uint64    `json:"first_epoch,omitempty"`
-	LastEpoch   uint64    `json:"last_epoch,omitempty"`
-	Granule     int64     `json:"granule,omitempty"` // bytes
-	Size        int64     `json:"size,omitempty"`    // bytes
-	DiskSeq     uint64    `json:"diskseq,omitempty"`
-	Dirty       uint64    `json:"dirty_granules"`
-	Sectors     uint64    `json:"sectors_written"` // as submitted, 512 bytes each
-	Attached    time.Time `json:"attached,omitzero"`
-	LinkIDs     []uint32  `json:"link_ids,omitempty"`
-	LeastMisses []uint64  `json:"least_misses,omitempty"` // per program, the copy that missed least: all 0 or the epoch is unknown
+	Method     string    `json:"method"`           // "ebpf" or "none"
+	Device     string    `json:"device,omitempty"` // major:minor
+	Opened     time.Time `json:"opened,omitzero"`
+	Closed     time.Time `json:"closed,omitzero"`
+	FirstEpoch uint64    `json:"first_epoch,omitempty"`
+	LastEpoch  uint64    `json:"last_epoch,omitempty"`
+	Granule    int64     `json:"granule,omitempty"` // bytes
+	Size       int64     `json:"size,omitempty"`    // bytes
+	DiskSeq    uint64    `json:"diskseq,omitempty"`
+	Dirty      uint64    `json:"dirty_granules"`
+	Sectors    uint64    `json:"sectors_written"` // as submitted, 512 bytes each
+	Landed     uint64    `json:"sectors_completed"`
+	// KernelSectors is what the kernel's own statistics counted meanwhile, nil if they are turned
+	// off. More than was submitted and completed makes the epoch unknown.
+	KernelSectors *uint64   `json:"kernel_sectors,omitempty"`
+	BootID        string    `json:"boot_id,omitempty"`
+	Attached      time.Time `json:"attached,omitzero"`
+	Programs      []string  `json:"programs,omitempty"`     // in the order of LeastMisses
+	LinkIDs       []uint32  `json:"link_ids,omitempty"`     // of each program and copy
+	LeastMisses   []uint64  `json:"least_misses,omitempty"` // per program, the copy that missed least: all 0 or the epoch is unknown
 }

@@ -84,11 +84,19 @@ func (s *Tracked) Changes(ctx context.Context, since ChangeID) (Delta, error) {
 		Attached: s.tracker.Since(),
 	}
 	ids := s.tracker.LinkIDs()
-	d.Evidence.LinkIDs = ids[:]
+	d.Evidence.LinkIDs, d.Evidence.Programs = ids[:], bpf.ProgramNames()
+	if d.Evidence.BootID, err = s.tracker.BootID(); err != nil {
+		return Delta{}, err
+	}
 
 	epochs, why := s.since(since, closed.Last())
 	d.Unknown = why
 	bm := Bitmap{Words: make([]uint64, len(closed.Bitmap())), Shift: s.reg.GranuleShift(), Size: closed.Size()}
+	if len(epochs) > 0 {
+		if d.Writers, err = s.writers(epochs[0].First(), closed.Last()); err != nil {
+			return Delta{}, err
+		}
+	}
 	for _, e := range epochs {
 		d.Unknown = append(d.Unknown, judge(e)...)
 		bm.Or(e.Bitmap())
@@ -99,6 +107,15 @@ func (s *Tracked) Changes(ctx context.Context, since ChangeID) (Delta, error) {
 		d.Extents = Whole(closed.Size())
 	}
 	return d, nil
+}
+
+func (s *Tracked) writers(first, last uint64) ([]Writer, error) {
+	all, _, err := s.reg.Writers(first, last)
+	out := make([]Writer, 0, len(all))
+	for _, w := range all {
+		out = append(out, Writer(w))
+	}
+	return out, err
 }
 
 // since finds the epochs that hold all after id up to last, or says why there
@@ -138,11 +155,21 @@ func judge(e *bpf.Epoch) []string {
 }
 
 func (v *Evidence) add(e *bpf.Epoch) {
-	if v.FirstEpoch == 0 {
+	kernel, counted := e.KernelSectors()
+	switch {
+	case v.FirstEpoch == 0:
 		v.FirstEpoch, v.Opened = e.First(), e.Opened()
+		if counted {
+			v.KernelSectors = &kernel
+		}
+	case v.KernelSectors != nil && counted:
+		*v.KernelSectors += kernel
+	default:
+		v.KernelSectors = nil
 	}
 	v.Dirty += e.Dirty()
 	v.Sectors += e.Sectors()
+	v.Landed += e.Landed()
 	missed := e.Missed()
 	programs := bpf.ProgramNames()
 	if v.LeastMisses == nil {

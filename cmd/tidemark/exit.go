@@ -56,7 +56,6 @@ func message(err error) string {
 	}{
 		{bpf.ErrPermission, "run it as root, or with sudo"},
 		{bpf.ErrNoBTF, "run `tidemark doctor` to see what this kernel can do"},
-		{bpf.ErrPartition, "VMs that use a partition as their disk are not tracked yet"},
 		{bpf.ErrNotAttached, "`tidemark track DEVICE` attaches it"},
 		{bpf.ErrBusy, "wait for the backup that is running, or see `tidemark status`"},
 		{store.ErrLocked, "wait for the backup of this VM that is running"},
