@@ -101,23 +101,28 @@ func pinDir(t *testing.T) string {
 // replica is a copy of a device that is kept in step by the deltas alone. Like
 // a backup it is killed at any moment: the change ID is saved after the data.
 type replica struct {
-	dir string
-	dev string
-	src cbt.Source
-	id  cbt.ChangeID
+	dir     string
+	dev     string
+	tracker *bpf.Tracker
+	src     cbt.Source
+	id      cbt.ChangeID
 }
 
 func openReplica(dir, pins, dev string) (*replica, func(), error) {
-	tr, err := bpf.Open(bpf.Options{Dir: pins})
+	return openReplicaWith(bpf.Options{Dir: pins}, bpf.DefaultGranuleShift, dir, dev)
+}
+
+func openReplicaWith(o bpf.Options, shift uint, dir, dev string) (*replica, func(), error) {
+	tr, err := bpf.Open(o)
 	if err != nil {
 		return nil, nil, err
 	}
-	src, err := cbt.OpenTracked(tr, dev, bpf.DefaultGranuleShift)
+	src, err := cbt.OpenTracked(tr, dev, shift)
 	if err != nil {
 		_ = tr.Close()
 		return nil, nil, err
 	}
-	r := &replica{dir: dir, dev: dev, src: src}
+	r := &replica{dir: dir, dev: dev, tracker: tr, src: src}
 	b, err := os.ReadFile(filepath.Join(dir, "id"))
 	if err == nil {
 		r.id, err = cbt.ParseChangeID(string(b))
@@ -175,8 +180,9 @@ func aligned(n int) []byte {
 	return mem
 }
 
-// differing compares replica and device, and returns where granules differ.
-func differing(t *testing.T, dir, dev string) []int64 {
+// differing compares replica and device, and returns where granules of that many
+// bytes differ.
+func differing(t *testing.T, dir, dev string, granule int) []int64 {
 	t.Helper()
 	a, err := os.Open(dev)
 	if err != nil {
@@ -188,7 +194,7 @@ func differing(t *testing.T, dir, dev string) []int64 {
 		t.Fatal(err)
 	}
 	defer func() { _ = b.Close() }()
-	x, y := make([]byte, 64<<10), make([]byte, 64<<10)
+	x, y := make([]byte, granule), make([]byte, granule)
 	var bad []int64
 	for off := int64(0); ; off += int64(len(x)) {
 		n, err := io.ReadFull(a, x)

@@ -10,7 +10,7 @@ import (
 )
 
 // diskSize is what the tests look for, see scratchDisk in cbt's tests.
-const diskSize = 48 << 20
+const diskSize = 24 << 20
 
 // guest describes the virtual machine: a disk of each bus, and the modules of each kind.
 func guest(ctx context.Context, k *testvm.Kernel, o options) (testvm.Run, error) {
@@ -20,7 +20,7 @@ func guest(ctx context.Context, k *testvm.Kernel, o options) (testvm.Run, error)
 		MemoryMiB: 2048,
 		Modules:   []string{"virtio_pci", "virtio_blk", "virtio_rng", "loop"},
 		Optional: []string{
-			"nvme", "virtio_scsi", "sd_mod", "scsi_debug dev_size_mb=48 lbpu=1 lbpws=1", "nbd nbds_max=4", "zram", "brd rd_nr=1 rd_size=49152",
+			"nvme", "virtio_scsi", "sd_mod", "scsi_debug dev_size_mb=24 lbpu=1 lbpws=1", "nbd nbds_max=4", "zram", "brd rd_nr=1 rd_size=24576",
 			"dm-mod", "dm-delay", "dm-thin-pool", "dm-crypt", "dm-snapshot",
 			"xts", "cbc", "ecb", "crypto_null", // the kernel asks for ciphers by a program that the guest has not
 			"raid0", "raid1", "raid10", "raid456", "linear", "md-linear",
