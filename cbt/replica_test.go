@@ -149,6 +149,7 @@ func (r *replica) step(ctx context.Context) (cbt.Delta, error) {
 	}
 	defer func() { _ = out.Close() }()
 	buf := aligned(1 << 20)
+	defer func() { _ = syscall.Munmap(buf) }()
 	for _, x := range d.Extents {
 		for off, end := x.Off, x.Off+x.Len; off < end; {
 			n := min(int64(len(buf)), end-off)
@@ -184,7 +185,8 @@ func aligned(n int) []byte {
 // bytes differ.
 func differing(t *testing.T, dir, dev string, granule int) []int64 {
 	t.Helper()
-	a, err := os.Open(dev)
+	// A partition and its disk have page caches of their own: past them.
+	a, err := os.OpenFile(dev, os.O_RDONLY|syscall.O_DIRECT, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -194,7 +196,8 @@ func differing(t *testing.T, dir, dev string, granule int) []int64 {
 		t.Fatal(err)
 	}
 	defer func() { _ = b.Close() }()
-	x, y := make([]byte, granule), make([]byte, granule)
+	x, y := aligned(granule), make([]byte, granule)
+	defer func() { _ = syscall.Munmap(x) }()
 	var bad []int64
 	for off := int64(0); ; off += int64(len(x)) {
 		n, err := io.ReadFull(a, x)

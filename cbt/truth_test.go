@@ -3,6 +3,7 @@ package cbt_test
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/tidemark/tidemark/bpf"
+	"github.com/tidemark/tidemark/cbt"
 )
 
 // truthSize is the size of the disks that are written to: smaller where all is
@@ -90,14 +92,13 @@ func testTruth(t *testing.T, d target) {
 	}
 	for ; rounds == 0 || n.writes < writes; rounds++ {
 		stop := writers(t, d)
-		// fio takes a second to start its jobs.
-		time.Sleep(2 * time.Second)
+		waitForWrites(t, r.src)
 		for i, since := 0, time.Now(); i < epochs && (i < 5 || time.Since(since) < limit); i++ {
 			step()
 			time.Sleep(time.Duration(rand.IntN(60)) * time.Millisecond)
 		}
 		n.add(stop())
-		if err := syncDevice(d.dev); err != nil {
+		if err := errors.Join(syncDevice(d.disk), syncDevice(d.parts[0]), syncDevice(d.parts[1])); err != nil {
 			t.Fatal(err)
 		}
 		step()
@@ -109,6 +110,26 @@ func testTruth(t *testing.T, d target) {
 			return
 		}
 	}
+}
+
+// waitForWrites waits until fio has started its jobs. A signal in the middle of
+// that makes it hang.
+func waitForWrites(t *testing.T, src cbt.Source) {
+	t.Helper()
+	first, err := src.Writes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for begin := time.Now(); time.Since(begin) < time.Minute; time.Sleep(200 * time.Millisecond) {
+		n, err := src.Writes()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n > first+200 {
+			return
+		}
+	}
+	t.Error("hardly anything was written in a minute")
 }
 
 func syncDevice(dev string) error {
@@ -151,9 +172,10 @@ func replicaChild(args []string) int {
 // A process that is killed at any moment loses nothing: the next one adopts
 // the pinned epochs, and the replica still becomes equal, without a compare.
 func TestTruthSurvivesKill(t *testing.T) {
-	dev := loopDevice(t, truthSize, truthTable())
-	dir, pins := t.TempDir(), pinDir(t)
-	stop := writers(t, target{dev: dev, parts: [2]string{dev + "p1", dev + "p2"}, sector: "512", size: truthSize})
+	d := loopDisk(t)
+	dev, dir, pins := d.dev, t.TempDir(), pinDir(t)
+	stop := writers(t, d)
+	time.Sleep(2 * time.Second) // fio hangs if it is ended while it begins
 	epochs, unknown := 0, 0
 	const kills = 15
 	for i := range kills {
@@ -188,7 +210,7 @@ func TestTruthSurvivesKill(t *testing.T) {
 		_ = c.Wait()
 	}
 	stop()
-	if err := syncDevice(dev); err != nil {
+	if err := errors.Join(syncDevice(dev), syncDevice(d.parts[0]), syncDevice(d.parts[1])); err != nil {
 		t.Fatal(err)
 	}
 	r, closeReplica, err := openReplica(dir, pins, dev)
@@ -196,12 +218,12 @@ func TestTruthSurvivesKill(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer closeReplica()
-	d, err := r.step(t.Context())
+	last, err := r.step(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(d.Unknown) > 0 {
-		t.Error("the last epoch is unknown: ", d.Unknown)
+	if len(last.Unknown) > 0 {
+		t.Error("the last epoch is unknown: ", last.Unknown)
 	}
 	t.Logf("%d epochs over %d kills", epochs, kills)
 	if bad := differing(t, dir, dev, 1<<bpf.DefaultGranuleShift); len(bad) > 0 {

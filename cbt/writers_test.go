@@ -52,7 +52,11 @@ func writers(t *testing.T, d target) (stop func() tally) {
 		// they empty can't differ.
 		rate, large = func(int) string { return "--rate_iops=0" }, "32k"
 	}
-	dev, part1, part2, sector := d.dev, d.parts[0], d.parts[1], d.sector
+	size, err := deviceSize(d.disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dev, part1, part2, sector := d.disk, d.parts[0], d.parts[1], d.sector
 	args := []string{"--output-format=json"}
 	for _, job := range [][]string{
 		{"--name=direct", "--filename=" + dev, "--rw=randwrite", "--bsrange=4k-" + large, "--blockalign=4k", "--direct=1", "--ioengine=libaio", "--iodepth=8", rate(600)},
@@ -88,9 +92,8 @@ func writers(t *testing.T, d target) (stop func() tally) {
 	wg.Add(1)
 	go func() {
 		defer wg.Done()
-		size := d.size
 		for ctx.Err() == nil {
-			off := rand.Int64N(size/4096-256) * 4096
+			off := rand.Int64N(size/4096-64) * 4096
 			c := exec.Command("blkdiscard", "-z", "-o", strconv.FormatInt(off, 10), "-l", strconv.Itoa(4096*(1+rand.IntN(63))), dev)
 			if out, err := c.CombinedOutput(); err != nil {
 				t.Errorf("write zeroes: %v: %s", err, out)
@@ -106,6 +109,15 @@ func writers(t *testing.T, d target) (stop func() tally) {
 		}
 	}()
 	return func() tally { cancel(); wg.Wait(); return total }
+}
+
+func deviceSize(dev string) (int64, error) {
+	f, err := os.Open(dev)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = f.Close() }()
+	return f.Seek(0, io.SeekEnd)
 }
 
 // fioReport reads the last report of fio's JSON output, which messages may precede,
