@@ -17,18 +17,19 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tidemark/tidemark/bpf"
+	"github.com/tidemark/tidemark/cbt"
 )
 
 // A write in flight across a swap is lost if it isn't marked when it completes: the
 // truth test must see that, and that the whole protocol loses nothing.
 func TestBrokenNoCompletionMarks(t *testing.T) {
 	dev := delayDevice(t, truthSize, 200*time.Millisecond)
-	if n := sweep(t, bpf.Options{Broken: bpf.BrokenNoComplete}, dev, bpf.DefaultGranuleShift, nil); n.lost == 0 {
+	if n := sweep(t, bpf.Options{Broken: bpf.BrokenNoComplete}, dev, bpf.DefaultGranuleShift, ""); n.lost == 0 {
 		t.Errorf("a tracker that doesn't mark completions lost nothing: this test proves nothing (%s)", n)
 	} else {
 		t.Logf("TRUTH-BROKEN no completion marks: %s", n)
 	}
-	if n := sweep(t, bpf.Options{}, dev, bpf.DefaultGranuleShift, nil); n.lost != 0 || n.unknown != 0 {
+	if n := sweep(t, bpf.Options{}, dev, bpf.DefaultGranuleShift, ""); n.lost != 0 || n.unknown != 0 {
 		t.Errorf("MISSED: %s", n)
 	} else {
 		t.Logf("TRUTH-BROKEN the whole protocol: %s", n)
@@ -43,17 +44,21 @@ func TestBrokenOneCopy(t *testing.T) {
 	dev := scratchDisk(t, "nvme*n*", "")
 	// 4 KiB granules: many writes, each of which alone can be lost.
 	const shift = bpf.MinGranuleShift
-	stop := busyLoop(t)
+	busy, stop := busyLoop(t)
 	defer stop()
 	o := bpf.Options{Broken: bpf.BrokenNoSubmit | bpf.BrokenOneCopy}
-	onCPU := 0
-	if n := sweep(t, o, dev, shift, &onCPU); n.lost == 0 || n.missed[0] == 0 {
+	// How often an interrupt hits the very moment, nobody knows.
+	var n swept
+	for try := 0; try < 6 && n.missed[0] == 0; try++ {
+		n = sweep(t, o, dev, shift, busy)
+	}
+	if n.lost == 0 || n.missed[0] == 0 {
 		t.Errorf("a tracker of one copy lost nothing: this test proves nothing (%s)", n)
 	} else {
 		t.Logf("TRUTH-BROKEN one copy: %s", n)
 	}
 	o.Broken = bpf.BrokenNoSubmit
-	if n := sweep(t, o, dev, shift, &onCPU); n.lost != 0 || n.unknown != 0 {
+	if n := sweep(t, o, dev, shift, busy); n.lost != 0 || n.unknown != 0 {
 		t.Errorf("MISSED: %s", n)
 	} else {
 		t.Logf("TRUTH-BROKEN three copies: %s", n)
@@ -71,8 +76,9 @@ func (n swept) String() string {
 }
 
 // sweep writes each granule once, in random order, while a replica follows: what was
-// lost is not healed by a later write. The writers run on one processor if cpu is not nil.
-func sweep(t *testing.T, o bpf.Options, dev string, shift uint, cpu *int) (n swept) {
+// lost is not healed by a later write. If busy is another device, it is tracked too, and
+// the writers run on processor 0 as those of busyLoop do.
+func sweep(t *testing.T, o bpf.Options, dev string, shift uint, busy string) (n swept) {
 	t.Helper()
 	dir := t.TempDir()
 	o.Dir = pinDir(t) + "-" + strconv.Itoa(int(o.Broken))
@@ -86,6 +92,14 @@ func sweep(t *testing.T, o bpf.Options, dev string, shift uint, cpu *int) (n swe
 		t.Fatal(err)
 	}
 	defer closeReplica()
+	if busy != "" {
+		// Programs that have something to do take longer.
+		src, err := cbt.OpenTracked(r.tracker, busy, shift)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = src.Close() }()
+	}
 	step := func() {
 		d, err := r.step(t.Context())
 		if err != nil {
@@ -114,7 +128,7 @@ func sweep(t *testing.T, o bpf.Options, dev string, shift uint, cpu *int) (n swe
 		wg.Add(1)
 		go func() {
 			defer wg.Done()
-			if err := writeBlocks(dev, shift, next, cpu); err != nil {
+			if err := writeBlocks(dev, shift, next, busy != ""); err != nil {
 				t.Error(err)
 			}
 		}()
@@ -146,12 +160,12 @@ func sweep(t *testing.T, o bpf.Options, dev string, shift uint, cpu *int) (n swe
 }
 
 // writeBlocks writes 4 KiB of new data to the beginning of each granule it is given.
-func writeBlocks(dev string, shift uint, next <-chan int, cpu *int) error {
-	if cpu != nil {
+func writeBlocks(dev string, shift uint, next <-chan int, pinned bool) error {
+	if pinned {
 		// The thread ends with the goroutine, it is not used with that mask again.
 		runtime.LockOSThread()
 		var set unix.CPUSet
-		set.Set(*cpu)
+		set.Set(0)
 		if err := unix.SchedSetaffinity(0, &set); err != nil {
 			return err
 		}
@@ -171,9 +185,9 @@ func writeBlocks(dev string, shift uint, next <-chan int, cpu *int) error {
 }
 
 // busyLoop keeps a loop device on processor 0 completing requests until stop is called.
-func busyLoop(t *testing.T) (stop func()) {
+func busyLoop(t *testing.T) (dev string, stop func()) {
 	t.Helper()
-	dev := loopDevice(t, 8<<20, "")
+	dev = loopDevice(t, 8<<20, "")
 	c := exec.CommandContext(t.Context(), "fio", "--name=busy", "--filename="+dev, "--rw=randwrite", "--bs=4k", "--direct=1", "--ioengine=libaio", "--iodepth=16",
 		"--cpus_allowed=0", "--time_based", "--runtime=7200")
 	c.Cancel = func() error { return c.Process.Signal(syscall.SIGTERM) }
@@ -181,7 +195,7 @@ func busyLoop(t *testing.T) (stop func()) {
 	if err := c.Start(); err != nil {
 		t.Fatal(err)
 	}
-	return sync.OnceFunc(func() {
+	return dev, sync.OnceFunc(func() {
 		_ = c.Process.Signal(syscall.SIGTERM)
 		_ = c.Wait()
 	})

@@ -45,7 +45,7 @@ func truthLimits(t *testing.T) (epochs int, limit time.Duration, writes uint64) 
 	var err error
 	if os.Getenv("TIDEMARK_TESTVM") != "" {
 		// How fast an emulated machine is, nobody knows.
-		epochs, limit = 20, 10*time.Second
+		epochs, limit = 20, 6*time.Second
 	}
 	if v := os.Getenv("TIDEMARK_TRUTH_EPOCHS"); v != "" {
 		if epochs, err = strconv.Atoi(v); err != nil {

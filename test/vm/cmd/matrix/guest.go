@@ -51,7 +51,10 @@ func guest(ctx context.Context, k *testvm.Kernel, o options) (testvm.Run, error)
 			run.Programs = append(run.Programs, testvm.Program{Path: o.cbtTest, Args: []string{"-test.v", own, "-test.skip=^TestTruth$"}})
 		}
 	}
-	if o.kinds == "" {
+	switch {
+	case tooOld(k.Release):
+		run.Programs = append(run.Programs, testvm.Program{Path: o.bpfTest, Args: []string{"-test.v", own, "-test.run=OldKernel|WithoutBTF"}})
+	case o.kinds == "":
 		run.Programs = append(run.Programs, testvm.Program{Path: o.bpfTest, Args: []string{"-test.v", own, "-test.skip=Header"}})
 	}
 	return run, nil
