@@ -116,3 +116,10 @@ func TestParseKernel(t *testing.T) {
 		}
 	}
 }
+
+func TestReadLog(t *testing.T) {
+	r := readLog("a-kernel", "TIDEMARK-RUN X kernel 6.1.0-56-amd64 up 3.2\r\n"+goodLog+"TIDEMARK-RUN X exit 2 0\r\nTIDEMARK-RUN X exit 3 0\r\n")
+	if r.release != "6.1.0-56-amd64" || len(r.exits) != 3 || !r.failed() || len(r.kinds) != 4 {
+		t.Errorf("a log without its end: %+v", r)
+	}
+}
