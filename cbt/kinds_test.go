@@ -194,7 +194,7 @@ func nbdDevice(t *testing.T, size int64) string {
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- server.Wait() }()
-	t.Cleanup(func() { _ = server.Process.Kill(); <-ended })
+	t.Cleanup(func() { _ = server.Process.Kill(); _ = <-ended })
 	for range 100 {
 		if _, err := os.Stat(sock); err == nil {
 			break

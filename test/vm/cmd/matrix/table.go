@@ -27,7 +27,7 @@ func render(all []result) string {
 		}
 		_, _ = fmt.Fprintln(w)
 	}
-	row("KIND", func(r *result) string { return short(r) })
+	row("KIND", short)
 	for _, k := range kinds {
 		row(k, func(r *result) string { return r.grid(k) })
 	}
