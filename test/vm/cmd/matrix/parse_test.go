@@ -79,6 +79,7 @@ func TestParseFindsFailures(t *testing.T) {
 		want  string // in the table
 	}{
 		"missed":        {strings.ReplaceAll(strings.Replace(goodLog, "missed=0", "missed=3", 1), "--- PASS: TestTruth/loop", "--- FAIL: TestTruth/loop"), []int{0, 1, 0}, "MISSED 3"},
+		"unknown":       {strings.ReplaceAll(strings.Replace(goodLog, "unknown=0", "unknown=2", 1), "--- PASS: TestTruth/loop", "--- FAIL: TestTruth/loop"), []int{0, 1, 0}, "UNKNOWN 2"},
 		"a broken test": {strings.Replace(goodLog, "    --- PASS: TestTruth/md-raid0", "    kinds_test.go:9: got nothing, want refused\n    --- FAIL: TestTruth/md-raid0", 1), []int{0, 1, 0}, "FAIL"},
 		"cut short":     {begun, []int{0}, "UNFINISHED"},
 		"other":         {strings.Replace(goodLog, "--- PASS: TestUnknownFirst", "--- FAIL: TestUnknownFirst", 1), []int{0, 0, 1}, "FAIL TestUnknownFirst"},

@@ -94,6 +94,10 @@ func (c *cell) says() string {
 		if m := c.numbers["missed"]; m != "" && m != "0" {
 			return "MISSED " + m
 		}
+		// Nothing was lost, but the tracker could not know, and would compare.
+		if u := c.numbers["unknown"]; u != "" && u != "0" {
+			return "UNKNOWN " + u
+		}
 		return "FAIL"
 	}
 	return strings.ToLower(c.verdict)
