@@ -103,6 +103,9 @@ func (h *fileHooks) names() []string {
 	return out
 }
 
+// wholeCalls: functions of a file system can be preempted, also between two programs
+// that hang on them (kernel/bpf/trampoline.c).
+func (h *fileHooks) wholeCalls() bool    { return false }
 func (h *fileHooks) instanceID() uint64  { return h.instance }
 func (h *fileHooks) attached() time.Time { return h.since }
 func (h *fileHooks) links() []uint32     { return h.ids }

@@ -431,13 +431,12 @@ func (r *Registration) soFar(e *Epoch) (so soFar, err error) {
 	if so.missed, err = r.programs.missed(); err != nil {
 		return so, err
 	}
+	ever := slices.Clone(so.missed)
+	for i := range so.missed {
+		so.missed[i] -= e.hdr(hdrMissBase + i)
+	}
 	for p := range len(so.missed) / copies {
-		least := ^uint64(0)
-		for i := p * copies; i < (p+1)*copies; i++ {
-			so.missed[i] -= e.hdr(hdrMissBase + i)
-			least = min(least, so.missed[i])
-		}
-		if least > 0 {
+		if lostEvents(so.missed[p*copies:(p+1)*copies], ever[p*copies:(p+1)*copies], r.programs.wholeCalls()) {
 			so.loss |= LossMissed
 		}
 	}

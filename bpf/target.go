@@ -27,6 +27,7 @@ type Target interface {
 type programSet interface {
 	names() []string // each is attached copies times
 	missed() ([]uint64, error)
+	wholeCalls() bool // nobody else runs on a processor while all copies are called
 	intact() bool
 	instanceID() uint64
 	attached() time.Time
@@ -52,6 +53,7 @@ func (b blockPrograms) missed() ([]uint64, error) {
 	return m[:], err
 }
 
+func (b blockPrograms) wholeCalls() bool    { return wholeCalls() }
 func (b blockPrograms) intact() bool        { return b.t.intact() }
 func (b blockPrograms) instanceID() uint64  { return b.t.instance }
 func (b blockPrograms) attached() time.Time { return b.t.since }

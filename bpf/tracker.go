@@ -82,13 +82,17 @@ const (
 
 // Open adopts the tracker that is pinned, or attaches a new one if there is
 // none, or if what is pinned can't be trusted: then every device has to be
-// registered again. It needs root. Errors wrap ErrPermission or ErrNoBTF.
+// registered again. It needs root. Errors wrap ErrPermission, ErrNoBTF or ErrOldKernel.
 func Open(o Options) (*Tracker, error) {
 	if o.Dir == "" {
 		o.Dir = DefaultDir
 	}
 	if _, err := os.Stat("/sys/kernel/btf/vmlinux"); err != nil {
 		return nil, ErrNoBTF
+	}
+	if kernelBefore(5, 17) {
+		// It would be refused anyway, by a verifier that does not say why.
+		return nil, ErrOldKernel
 	}
 	if os.Geteuid() != 0 {
 		return nil, fmt.Errorf("tracking writes: %w", ErrPermission)

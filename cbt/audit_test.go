@@ -23,30 +23,27 @@ func TestUnmarkedIsUnchanged(t *testing.T) {
 		if emulated {
 			t.Skip("SKIP: it takes minutes when emulated, `make test` runs it on the host")
 		}
-		dev := loopDevice(t, truthSize, truthTable)
-		testUnmarked(t, dev, func() func() uint64 { return writers(t, dev, dev+"p1", dev+"p2", "512") })
+		testUnmarked(t, loopDisk(t))
 	})
 	t.Run("dm-delay", func(t *testing.T) {
-		dev := delayDevice(t, truthSize, 25*time.Millisecond)
-		testUnmarked(t, dev, func() func() uint64 { return writers(t, dev, dev, dev, "512") })
+		testUnmarked(t, whole(delayDevice(t, truthSize, 25*time.Millisecond), "512"))
 	})
 	t.Run("zram", func(t *testing.T) {
-		dev := zramDevice(t, truthSize)
-		testUnmarked(t, dev, func() func() uint64 { return writers(t, dev, dev, dev, "4k") })
+		testUnmarked(t, whole(zramDevice(t, truthSize), "4k"))
 	})
 }
 
-func testUnmarked(t *testing.T, dev string, write func() (stop func() uint64)) {
-	dir := t.TempDir()
+func testUnmarked(t *testing.T, target target) {
+	dev, dir := target.dev, t.TempDir()
 	r, closeReplica, err := openReplica(dir, pinDir(t), dev)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer closeReplica()
 	a := r.src.(cbt.Auditor)
-	stop := write()
+	stop := writers(t, target)
 	defer stop()
-	time.Sleep(2 * time.Second) // until fio has started
+	waitForWrites(t, r.src)
 	epochs := 60
 	if os.Getenv("TIDEMARK_TESTVM") != "" {
 		epochs = 6

@@ -41,7 +41,7 @@ func exitCode(ctx context.Context, err error) int {
 		return exitUnrecorded // whatever else went wrong
 	case errors.As(err, &usage), errors.Is(err, agent.ErrQuiesceSyntax), errors.Is(err, agent.ErrConfig):
 		return exitUsage
-	case errors.Is(err, bpf.ErrPermission), errors.Is(err, bpf.ErrNoBTF), errors.Is(err, bpf.ErrUntrackable), errors.Is(err, bpf.ErrNoFileHooks), errors.Is(err, errFormat):
+	case errors.Is(err, bpf.ErrPermission), errors.Is(err, bpf.ErrNoBTF), errors.Is(err, bpf.ErrOldKernel), errors.Is(err, bpf.ErrUntrackable), errors.Is(err, bpf.ErrNoFileHooks), errors.Is(err, errFormat):
 		return exitUnsupported
 	case errors.Is(err, bpf.ErrBusy), errors.Is(err, store.ErrLocked):
 		return exitBusy
@@ -66,6 +66,7 @@ func message(err error) string {
 		{cbt.ErrUnproven, "so nothing was compared: the next `tidemark backup` reads the whole disk, and after it an audit is possible again"},
 		{bpf.ErrPermission, "run it as root, or with sudo"},
 		{bpf.ErrNoBTF, "run `tidemark doctor` to see what this kernel can do"},
+		{bpf.ErrOldKernel, "run `tidemark doctor` to see what this kernel can do"},
 		{bpf.ErrNotAttached, "`tidemark track DEVICE` attaches it"},
 		{bpf.ErrBusy, "wait for the backup that is running, or see `tidemark status`"},
 		{store.ErrLocked, "wait for the backup of this VM that is running"},
