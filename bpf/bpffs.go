@@ -69,3 +69,30 @@ func clearDir(dir string) error {
 	}
 	return nil
 }
+
+// slotLocks are the locks of all slots of a tracker.
+type slotLocks []*os.File
+
+// lockSlots takes hold of every device, or fails with ErrBusy. What it took belongs to the
+// caller in either case.
+func lockSlots(dir string) (slotLocks, error) {
+	slots, err := filepath.Glob(filepath.Join(dir, "dev-*"))
+	if err != nil {
+		return nil, err
+	}
+	var all slotLocks
+	for _, s := range slots {
+		l, err := lockDir(s, unix.LOCK_EX|unix.LOCK_NB)
+		if err != nil {
+			return all, err
+		}
+		all = append(all, l)
+	}
+	return all, nil
+}
+
+func (l slotLocks) close() {
+	for _, f := range l {
+		_ = f.Close()
+	}
+}

@@ -78,7 +78,7 @@ func (t *Tracker) Register(dev Device, shift uint) (*Registration, error) {
 		return nil, err
 	}
 	defer func() { _ = lock.Close() }()
-	if !t.intact() {
+	if t.superseded() || !t.intact() {
 		return nil, ErrDetached
 	}
 	if _, _, ok := t.devices.find(dev.own()); ok {
@@ -161,6 +161,9 @@ func (t *Tracker) Forget(dev Device) error {
 		return err
 	}
 	defer func() { _ = lock.Close() }()
+	if t.superseded() {
+		return ErrDetached
+	}
 	at, p, ok := t.devices.find(dev.own())
 	if !ok {
 		return nil
@@ -186,6 +189,11 @@ func (t *Tracker) Acquire(dev Device) (*Registration, error) {
 	var err error
 	if r.lock, err = lockDir(t.slotDir(p.slot), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil, fmt.Errorf("%s: %w", dev.Path, err)
+	}
+	// An upgrade holds the lock that r has now: after it, r's maps are nobody's.
+	if t.superseded() {
+		_ = r.Close()
+		return nil, ErrDetached
 	}
 	if err := r.load(); err != nil {
 		_ = r.Close()
@@ -221,6 +229,8 @@ func (r *Registration) load() error {
 	if r.current == nil {
 		return errors.New("the current epoch is not pinned any more")
 	}
+	// Of a process that went on after all pins had been removed under it.
+	r.drop(func(e *Epoch) bool { return e.hdr(hdrID) != r.id[0] || e.hdr(hdrID+1) != r.id[1] })
 	// Pinned but never installed: the process died before the swap.
 	r.drop(func(e *Epoch) bool { return e.Last() > r.current.Last() })
 	// Merged into a newer one, which the process died too early to unpin.
@@ -397,7 +407,7 @@ func (r *Registration) finish(e *Epoch) error {
 	if r.t.hostMap.words[hostPassthrough] != w[hdrHostBase+1] {
 		loss |= LossPassthrough
 	}
-	now, err := Lookup(r.dev.Path)
+	now, err := r.dev.again()
 	if err != nil || now.own() != r.dev.own() {
 		loss |= LossReplaced
 	} else {
@@ -468,6 +478,10 @@ func (r *Registration) Unregister() error {
 		return err
 	}
 	defer func() { _ = lock.Close() }()
+	if r.t.superseded() {
+		// All pins were removed: what stands in their place now is not r's.
+		return errors.Join(ErrDetached, r.Close())
+	}
 	if at, _, ok := r.t.devices.find(r.dev.own()); ok {
 		r.t.devices.remove(at)
 	}

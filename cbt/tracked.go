@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/tidemark/tidemark/bpf"
 )
@@ -45,8 +46,8 @@ func OpenTracked(tracker *bpf.Tracker, path string, shift uint) (*Tracked, error
 		err = tracker.Forget(dev)
 	case errors.Is(err, bpf.ErrNotRegistered):
 		s.began = []string{"tracking of this device had not begun"}
-		if why := tracker.Fresh(); why != "" {
-			s.began = append(s.began, why)
+		if why := tracker.Began(); why != "" {
+			s.began = append(s.began, "the tracker was attached anew "+tracker.Since().UTC().Format(time.RFC3339)+": "+why)
 		}
 		err = nil
 	}
