@@ -27,7 +27,7 @@ type Registration struct {
 	dev      Device
 	slot     uint32
 	id       [2]uint64
-	lock     *os.File
+	lock     *dirLock
 	current  *Epoch
 	retained []*Epoch // closed, ascending
 }
@@ -459,6 +459,13 @@ func (r *Registration) Close() error {
 	r.t.mu.Lock()
 	delete(r.t.open, r)
 	r.t.mu.Unlock()
+	r.closeEpochs()
+	err := r.lock.Close()
+	r.lock = nil
+	return err
+}
+
+func (r *Registration) closeEpochs() {
 	for _, e := range r.retained {
 		e.close()
 	}
@@ -466,9 +473,6 @@ func (r *Registration) Close() error {
 		r.current.close()
 	}
 	r.retained, r.current = nil, nil
-	err := r.lock.Close()
-	r.lock = nil
-	return err
 }
 
 // Unregister stops tracking and forgets the device's epochs. It closes r.

@@ -81,18 +81,15 @@ func (t *Tracker) takeOver(old *Tracker) (begun []*Epoch, lost []string, err err
 	var regs []*Registration
 	defer func() {
 		for _, r := range regs {
-			_ = r.Close()
+			r.closeEpochs()
 		}
 	}()
 	var places []place
 	old.devices.all(func(_ uint32, p place) bool {
 		r := &Registration{t: old, dev: p.device(), slot: p.slot}
-		if r.lock, err = os.Open(old.slotDir(p.slot)); err == nil { // upgrade has locked it
-			err = r.load()
-		}
-		if err != nil {
-			lost = append(lost, fmt.Sprintf("device %s was not taken over by an upgrade: %v: %v", r.dev.Number(), ErrDamaged, err))
-			_, err = r.Close(), nil
+		if e := r.load(); e != nil { // upgrade has locked it
+			lost = append(lost, fmt.Sprintf("device %s was not taken over by an upgrade: %v: %v", r.dev.Number(), ErrDamaged, e))
+			r.closeEpochs()
 			return true
 		}
 		r.Fold()
@@ -155,17 +152,18 @@ const drainLimit = 2 * time.Second
 
 // drain waits until the bios have completed that are in the table of writes in flight now.
 func (t *Tracker) drain(limit time.Duration) error {
-	waiting := map[uint64]trackerRange{}
-	var bio uint64
-	var r trackerRange
-	it := t.maps.Inflight.Iterate()
-	for it.Next(&bio, &r) {
-		waiting[bio] = r
-	}
-	// What an aborted iteration has not seen is not waited for.
-	if err := it.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
+	// In one call for whole buckets: going from key to key starts over whenever the key is gone.
+	bios, ranges := make([]uint64, maxInflight), make([]trackerRange, maxInflight)
+	var at ebpf.MapBatchCursor
+	n, err := t.maps.Inflight.BatchLookup(&at, bios, ranges, nil)
+	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return fmt.Errorf("writes in flight: %w", err)
 	}
+	waiting := map[uint64]trackerRange{}
+	for i, bio := range bios[:n] {
+		waiting[bio] = ranges[i]
+	}
+	var r trackerRange
 	for end := time.Now().Add(limit); len(waiting) > 0 && time.Now().Before(end); time.Sleep(2 * time.Millisecond) {
 		for bio, was := range waiting {
 			err := t.maps.Inflight.Lookup(bio, &r)
@@ -195,8 +193,12 @@ func (t *Tracker) continueCounts(old *Tracker, slot uint32) error {
 // and detaches its programs.
 func (t *Tracker) retire() error {
 	var err error
-	t.devices.all(func(_ uint32, p place) bool {
-		err = t.closeEpochs(p)
+	t.devices.all(func(at uint32, p place) bool {
+		if err = t.closeEpochs(p); err == nil {
+			// While some of its programs are detached and others not, it would see bios complete that
+			// it did not see submitted.
+			t.devices.remove(at)
+		}
 		return err == nil
 	})
 	if err != nil {
