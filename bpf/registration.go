@@ -187,7 +187,11 @@ func (t *Tracker) Acquire(dev Device) (*Registration, error) {
 	}
 	r := &Registration{t: t, dev: dev, slot: p.slot}
 	var err error
-	if r.lock, err = lockDir(t.slotDir(p.slot), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	r.lock, err = lockDir(t.slotDir(p.slot), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("%s: %w: %w", dev.Path, ErrDamaged, err)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("%s: %w", dev.Path, err)
 	}
 	// An upgrade holds the lock that r has now: after it, r's maps are nobody's.
