@@ -45,6 +45,8 @@ const (
 	hdrCounting = 46 // 1: hdrKernel is known
 	hdrTable    = 47 // hash of the device-mapper table
 	hdrStart    = 48 // of a partition, sectors
+	hdrSaved    = 49 // 0, or how an epoch of another boot is known to be complete: SavedProven, SavedTrusted
+	hdrSavedIn  = 50 // and 51: that boot
 )
 
 const headerMagic = 0x5449_4445_4550_0000 | layoutVersion // "TIDEP"

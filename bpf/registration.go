@@ -70,6 +70,11 @@ func (e *Epoch) changed(now Device) Loss {
 // registration. Writes in flight need not be waited for: they are marked when they
 // complete, or, where a bio no longer tells where it wrote, taint the epoch.
 func (t *Tracker) Register(dev Device, shift uint) (*Registration, error) {
+	return t.register(dev, shift, nil)
+}
+
+// register continues what was saved, if it is not nil.
+func (t *Tracker) register(dev Device, shift uint, saved *Saved) (*Registration, error) {
 	if shift < MinGranuleShift || shift > MaxGranuleShift {
 		return nil, fmt.Errorf("granule of 2^%d bytes: must be 4 KiB to 1 MiB", shift)
 	}
@@ -101,7 +106,7 @@ func (t *Tracker) Register(dev Device, shift uint) (*Registration, error) {
 		_ = r.Close()
 		return nil, err
 	}
-	if err := r.install(shift); err != nil {
+	if err := r.install(shift, saved); err != nil {
 		_ = r.Close()
 		return nil, fmt.Errorf("register %s: %w", dev.Path, err)
 	}
@@ -112,7 +117,7 @@ func (t *Tracker) Register(dev Device, shift uint) (*Registration, error) {
 }
 
 // install gives r its first epoch and shows the device to the programs.
-func (r *Registration) install(shift uint) error {
+func (r *Registration) install(shift uint, saved *Saved) error {
 	if err := r.t.resetCounts(r.slot); err != nil {
 		return err
 	}
@@ -120,10 +125,16 @@ func (r *Registration) install(shift uint) error {
 		return err
 	}
 	var err error
-	if r.current, err = r.begin(shape{
-		n: 1, granules: uint64(r.dev.Size+(1<<shift)-1) >> shift, shift: shift, size: r.dev.Size, start: uint64(r.dev.Start) / 512,
+	s := shape{
+		n: 1, granules: granules(r.dev.Size, shift), shift: shift, size: r.dev.Size, start: uint64(r.dev.Start) / 512,
 		diskSeq: r.dev.DiskSeq, table: r.dev.Table, tracked: uint64(time.Now().UnixNano()),
-	}); err != nil {
+	}
+	if saved != nil {
+		if s.n, err = r.restore(s, saved); err != nil {
+			return err
+		}
+	}
+	if r.current, err = r.begin(s); err != nil {
 		return err
 	}
 	// Waits for a grace period, as insert wants it.
@@ -136,6 +147,8 @@ func (r *Registration) install(shift uint) error {
 		heatShift: heatShift(sectors), whole: !r.dev.Partition,
 	})
 }
+
+func granules(size int64, shift uint) uint64 { return uint64(size+(1<<shift)-1) >> shift }
 
 func (t *Tracker) freeSlot() (uint32, error) {
 	var used [maxDevices]bool
@@ -353,7 +366,7 @@ func (r *Registration) begin(s shape) (*Epoch, error) {
 	if n, ok := r.dev.kernelSectors(); ok {
 		w[hdrKernel], w[hdrCounting] = n, 1
 	}
-	e.pin = filepath.Join(r.t.slotDir(r.slot), fmt.Sprintf("e%016x", s.n))
+	e.pin = filepath.Join(r.t.slotDir(r.slot), epochName(s.n))
 	if err := e.m.Pin(e.pin); err != nil {
 		e.close()
 		return nil, fmt.Errorf("pin epoch %d: %w", s.n, err)
