@@ -78,6 +78,8 @@ type disk struct {
 	tracking store.Tracking
 	unknown  []string // of the last advance
 	evidence []cbt.Evidence
+	writers  map[int]cbt.Writer // by process ID
+	holders  map[int]bool       // processes that had the disk open for writing
 }
 
 // Run makes one restore point. If the last point's map is damaged, the whole disk is
@@ -124,6 +126,10 @@ func (j Job) run(ctx context.Context, damage error) (_ Result, err error) {
 		if d.tracking.Evidence, err = json.Marshal(d.evidence); err != nil {
 			return Result{}, err
 		}
+		if err := d.held(); err != nil {
+			return Result{}, err
+		}
+		d.tracking.Writers = d.named(j.Quiesce.pid())
 		p.Disks = append(p.Disks, store.Disk{
 			Name: d.name, Source: d.path, ChangeID: d.at.String(), Tracking: d.tracking, Stats: store.Stats{Read: d.read},
 		})
@@ -160,6 +166,9 @@ func (j Job) open(ctx context.Context, w *store.Writer, damage error) ([]*disk, 
 		d := &disk{device: dev, name: fmt.Sprintf("disk%d", i)}
 		disks = append(disks, d)
 		if d.src, err = j.Source(ctx, path); err != nil {
+			return disks, err
+		}
+		if err := d.held(); err != nil {
 			return disks, err
 		}
 		if err := j.begin(ctx, d, w, damage); err != nil {
@@ -253,5 +262,6 @@ func (d *disk) advance(ctx context.Context) error {
 	d.at = delta.ID
 	d.pending = d.pending.Union(delta.Extents.Align(d.grain, d.size))
 	d.evidence = append(d.evidence, delta.Evidence)
+	d.wrote(delta.Writers)
 	return nil
 }

@@ -284,7 +284,9 @@ func scribbler(t *testing.T, dev string) *exec.Cmd {
 func TestBusyDiskIsRefusedUnlessAllowed(t *testing.T) {
 	b := newBench(t)
 	b.run(t)
-	scribbler(t, b.dev)
+	for range 4 { // one may have to wait for a processor, and the disk be quiet meanwhile
+		scribbler(t, b.dev)
+	}
 	b.job.Quiesce = agent.Quiesce{Kind: "none"}
 	if _, err := b.job.Run(t.Context()); !errors.Is(err, agent.ErrInUse) {
 		t.Fatalf("got %v, want %v", err, agent.ErrInUse)

@@ -228,6 +228,11 @@ func (c *convergence) pause(ctx context.Context) (ok bool, err error) {
 	if err != nil {
 		return false, err
 	}
+	for _, d := range c.disks {
+		if err := d.src.Prepare(); err != nil {
+			return false, err
+		}
+	}
 	limit := max(minWatch, 4*c.job.PauseBudget)
 	if running {
 		// A guest that stands still by somebody else's will is not ours to resume.

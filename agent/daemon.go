@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/tidemark/tidemark/cbt"
@@ -23,6 +24,9 @@ type Agent struct {
 	Tool   string
 	Log    *slog.Logger
 
+	// Collectors are further sources of metrics.
+	Collectors []prometheus.Collector
+
 	// Ready, if set, is told the address that metrics are served at.
 	Ready func(net.Addr)
 }
@@ -31,6 +35,11 @@ type Agent struct {
 // that is under way is given up; the next run takes it up from the last point.
 func (a *Agent) Run(ctx context.Context) error {
 	m := newMetrics()
+	for _, c := range a.Collectors {
+		if err := m.registry.Register(c); err != nil {
+			return fmt.Errorf("metrics: %w", err)
+		}
+	}
 	g, ctx := errgroup.WithContext(ctx)
 	if a.Config.Listen != "" {
 		l, err := new(net.ListenConfig).Listen(ctx, "tcp", a.Config.Listen)

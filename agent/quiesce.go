@@ -89,6 +89,15 @@ func (q Quiesce) String() string {
 	return q.Kind + "=" + q.Target
 }
 
+// pid is the process that was named as the VM's, or 0.
+func (q Quiesce) pid() int {
+	if q.Kind != "pid" {
+		return 0
+	}
+	n, _ := strconv.Atoi(q.Target)
+	return n
+}
+
 func paths(disks []*device) []string {
 	out := make([]string, len(disks))
 	for i, d := range disks {

@@ -24,7 +24,8 @@ func mapArray(m *ebpf.Map) (*mapping, error) { return mapWords(m, int(m.MaxEntri
 // mapWords maps n words.
 func mapWords(m *ebpf.Map, n int) (*mapping, error) {
 	size := (n*8 + os.Getpagesize() - 1) &^ (os.Getpagesize() - 1)
-	mem, err := unix.Mmap(m.FD(), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	// Populated, so that reading a bitmap takes no page faults: it may be read in a pause.
+	mem, err := unix.Mmap(m.FD(), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE)
 	if err != nil {
 		return nil, fmt.Errorf("mmap %s: %w", m, err)
 	}

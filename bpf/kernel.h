@@ -93,8 +93,15 @@ struct address_space {
 };
 
 struct folio {
-	unsigned long index; // pages
+	unsigned long index;	      // pages
+	unsigned int _folio_nr_pages; // of a large one, 64-bit kernels
 };
+
+struct folio___6_15 { // renamed in 6.15
+	unsigned int _nr_pages;
+};
+
+enum pageflags___any { PG_head___any };
 
 #pragma clang attribute pop
 

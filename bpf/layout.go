@@ -67,6 +67,7 @@ const (
 	BrokenNoSubmit   Broken = 1 << iota // submissions don't mark
 	BrokenNoComplete                    // completions don't mark
 	BrokenOneCopy                       // each program runs once
+	BrokenBlind                         // the programs see nothing
 )
 
 // Taint says why an epoch's bitmap may lack a write: bits set by the programs.

@@ -43,3 +43,4 @@
 #define BROKEN_NO_SUBMIT (1 << 0)   // submissions don't mark
 #define BROKEN_NO_COMPLETE (1 << 1) // completions don't mark
 #define BROKEN_ONE_COPY (1 << 2)    // copies 1 and 2 do nothing
+#define BROKEN_BLIND (1 << 3)	    // every copy returns at once

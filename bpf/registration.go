@@ -29,6 +29,7 @@ type Registration struct {
 	id       [2]uint64
 	lock     *dirLock
 	current  *Epoch
+	spare    *Epoch   // for the next swap, not pinned yet
 	retained []*Epoch // closed, ascending
 }
 
@@ -329,10 +330,11 @@ func (e *Epoch) next() shape {
 // begin makes and pins an epoch; nothing writes to it before it is installed.
 // What it records as its beginning is read before that.
 func (r *Registration) begin(s shape) (*Epoch, error) {
-	e, err := newEpoch(s.granules)
-	if err != nil {
+	if err := r.prepare(s.granules); err != nil {
 		return nil, err
 	}
+	e := r.spare
+	r.spare = nil
 	missed, err := r.t.Misses()
 	if err != nil {
 		e.close()
@@ -373,6 +375,20 @@ func (r *Registration) begin(s shape) (*Epoch, error) {
 	}
 	return e, nil
 }
+
+// prepare makes the spare epoch if there is none.
+func (r *Registration) prepare(granules uint64) error {
+	if r.spare != nil {
+		return nil
+	}
+	var err error
+	r.spare, err = newEpoch(granules)
+	return err
+}
+
+// Prepare does what can be done of the next Swap before it: for a large disk with small
+// granules, the kernel takes a while to give the memory.
+func (r *Registration) Prepare() error { return r.prepare(r.current.Granules()) }
 
 // Swap closes the current epoch and begins the next. The closed epoch is
 // complete: the kernel has waited for every program that could still mark in
@@ -489,7 +505,10 @@ func (r *Registration) closeEpochs() {
 	if r.current != nil {
 		r.current.close()
 	}
-	r.retained, r.current = nil, nil
+	if r.spare != nil {
+		r.spare.close()
+	}
+	r.retained, r.current, r.spare = nil, nil, nil
 }
 
 // Unregister stops tracking and forgets the device's epochs. It closes r.

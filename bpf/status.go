@@ -25,6 +25,13 @@ type Status struct {
 	Heat         Heat
 }
 
+// Lost counts, by what it was, the events since the tracker was attached that no device can
+// be blamed for.
+func (t *Tracker) Lost() map[string]uint64 {
+	w := t.hostMap.words
+	return map[string]uint64{"no_epoch": w[hostNoEpoch], "passthrough": w[hostPassthrough], "writer_names": w[hostWriters]}
+}
+
 // Status lists the tracked devices. It takes no lock: a device that is
 // swapping epochs may be seen half way.
 func (t *Tracker) Status() ([]Status, error) {

@@ -249,13 +249,18 @@ static __always_inline int spread(const struct event *e, __u32 key)
 	return 1;
 }
 
+static __always_inline int sits_out(__u32 copy)
+{
+	return broken & BROKEN_BLIND || (copy && broken & BROKEN_ONE_COPY);
+}
+
 static __always_inline int on_queue(struct bio *bio, __u32 copy)
 {
 	struct event e = {.kind = SUBMIT, .op = bio->bi_opf & REQ_OP_MASK, .counts = copy == 0};
 	struct gendisk *disk;
 	__u32 key;
 
-	if (!op_writes(e.op) || (copy && broken & BROKEN_ONE_COPY))
+	if (!op_writes(e.op) || sits_out(copy))
 		return 0;
 	disk = bio->bi_bdev->bd_disk;
 	key = disk_key(disk);
@@ -293,7 +298,7 @@ static __always_inline int on_rq_complete(struct request *rq, __u32 bytes, __u32
 	struct gendisk *disk;
 	int passthrough = e.op == REQ_OP_DRV_OUT;
 
-	if (copy && broken & BROKEN_ONE_COPY)
+	if (sits_out(copy))
 		return 0;
 	// Commands that carry no data count as reads, whatever they do: write zeroes,
 	// format, sanitize.
@@ -330,7 +335,7 @@ static __always_inline int on_bio_complete(struct bio *bio, __u32 copy)
 	__u32 key;
 	__u64 ptr = (__u64)bio;
 
-	if (!op_writes(e.op) || (copy && broken & BROKEN_ONE_COPY))
+	if (!op_writes(e.op) || sits_out(copy))
 		return 0;
 	key = disk_key(bio->bi_bdev->bd_disk);
 	r = bpf_map_lookup_elem(&inflight, &ptr);
@@ -379,6 +384,23 @@ COPY(0)
 COPY(1)
 COPY(2)
 
+static __always_inline __u32 folio_pages(struct folio *folio)
+{
+	struct folio___6_15 *renamed = (void *)folio;
+	unsigned long flags = 0;
+
+	// folio_test_large()
+	bpf_probe_read_kernel(&flags, sizeof(flags), folio);
+	if (!bpf_core_enum_value_exists(enum pageflags___any, PG_head___any) ||
+	    !(flags & 1UL << bpf_core_enum_value(enum pageflags___any, PG_head___any)))
+		return 1;
+	if (bpf_core_field_exists(folio->_folio_nr_pages))
+		return BPF_CORE_READ(folio, _folio_nr_pages);
+	if (bpf_core_field_exists(renamed->_nr_pages))
+		return BPF_CORE_READ(renamed, _nr_pages);
+	return 1;
+}
+
 // Who dirties pages of a device's own page cache: what writes them later is a kernel
 // thread. This names writers and proves nothing, so one copy is enough.
 SEC("tp_btf/writeback_dirty_folio")
@@ -387,7 +409,7 @@ int BPF_PROG(dirty_folio, struct folio *folio, struct address_space *mapping)
 	struct inode *inode;
 	struct block_device *bdev;
 	struct gendisk *disk;
-	struct event e = {.kind = DIRTY, .bytes = 1 << PAGE_SHIFT};
+	struct event e = {.kind = DIRTY};
 
 	if (!mapping)
 		return 0;
@@ -398,6 +420,7 @@ int BPF_PROG(dirty_folio, struct folio *folio, struct address_space *mapping)
 	bdev = (void *)inode - bpf_core_field_offset(struct bdev_inode, vfs_inode) + bpf_core_field_offset(struct bdev_inode, bdev);
 	disk = BPF_CORE_READ(bdev, bd_disk);
 	e.sector = BPF_CORE_READ(bdev, bd_start_sect) + (folio->index << (PAGE_SHIFT - 9));
+	e.bytes = folio_pages(folio) << PAGE_SHIFT;
 	spread(&e, (__u32)BPF_CORE_READ(disk, major) << 20 | (__u32)BPF_CORE_READ(disk, first_minor));
 	return 0;
 }

@@ -19,6 +19,10 @@ type Source interface {
 	// device has taken its place.
 	Changes(ctx context.Context, since ChangeID) (Delta, error)
 
+	// Prepare makes the next Changes quicker, so that a guest that is paused for it
+	// waits less.
+	Prepare() error
+
 	// Commit says that all up to id is durable in a restore point. Until
 	// then, what is needed to answer Changes again is kept.
 	Commit(id ChangeID) error

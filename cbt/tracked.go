@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/tidemark/tidemark/bpf"
@@ -92,7 +93,6 @@ func (s *Tracked) Changes(ctx context.Context, since ChangeID) (Delta, error) {
 
 	epochs, why := s.since(since, closed.Last())
 	d.Unknown = why
-	bm := Bitmap{Words: make([]uint64, len(closed.Bitmap())), Shift: s.reg.GranuleShift(), Size: closed.Size()}
 	if len(epochs) > 0 {
 		if d.Writers, err = s.writers(epochs[0].First(), closed.Last()); err != nil {
 			return Delta{}, err
@@ -100,14 +100,29 @@ func (s *Tracked) Changes(ctx context.Context, since ChangeID) (Delta, error) {
 	}
 	for _, e := range epochs {
 		d.Unknown = append(d.Unknown, judge(e)...)
-		bm.Or(e.Bitmap())
 		d.Evidence.add(e)
 	}
-	d.Extents = bm.Extents()
 	if len(d.Unknown) > 0 {
 		d.Extents = Whole(closed.Size())
+	} else {
+		d.Extents = marked(epochs)
 	}
 	return d, nil
+}
+
+// marked are the extents that any of the epochs marked.
+func marked(epochs []*bpf.Epoch) Extents {
+	if len(epochs) == 0 {
+		return nil
+	}
+	all := Bitmap{Words: epochs[0].Bitmap(), Shift: epochs[0].GranuleShift(), Size: epochs[0].Size()}
+	if len(epochs) > 1 {
+		all.Words = slices.Clone(all.Words) // the epoch's own stay as they are
+	}
+	for _, e := range epochs[1:] {
+		all.Or(e.Bitmap())
+	}
+	return all.Extents()
 }
 
 func (s *Tracked) writers(first, last uint64) ([]Writer, error) {
@@ -185,6 +200,9 @@ func (v *Evidence) add(e *bpf.Epoch) {
 		v.LeastMisses[p] += least
 	}
 }
+
+// Prepare implements Source.
+func (s *Tracked) Prepare() error { return s.reg.Prepare() }
 
 // Commit implements Source.
 func (s *Tracked) Commit(id ChangeID) error {

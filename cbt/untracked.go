@@ -15,6 +15,9 @@ func (u Untracked) Changes(ctx context.Context, _ ChangeID) (Delta, error) {
 	return Delta{Extents: Whole(u.Size), Unknown: []string{u.Reason}, Evidence: Evidence{Method: "none", Size: u.Size}}, ctx.Err()
 }
 
+// Prepare implements Source.
+func (u Untracked) Prepare() error { return nil }
+
 // Commit implements Source.
 func (u Untracked) Commit(ChangeID) error { return nil }
 

@@ -159,7 +159,26 @@ type Tracking struct {
 	Reasons []string `json:"reasons,omitempty"`
 	// Evidence is the tracker's proof, opaque here.
 	Evidence json.RawMessage `json:"evidence,omitempty"`
+	// Writers are the processes that wrote since the parent, as far as is known.
+	Writers []WrittenBy `json:"writers,omitempty"`
 }
+
+// WrittenBy is a process that wrote to a disk. It is named, and proves nothing.
+type WrittenBy struct {
+	PID     int    `json:"pid"`
+	Comm    string `json:"comm"`
+	Role    string `json:"role"`    // WriterVM, WriterKernel or WriterOther
+	Writes  uint64 `json:"writes"`  // submitted
+	Bytes   uint64 `json:"bytes"`   // submitted
+	Dirtied uint64 `json:"dirtied"` // bytes of the disk's page cache on the host, which the kernel submits later
+}
+
+// Roles of a WrittenBy.
+const (
+	WriterVM     = "vm"     // runs the VM
+	WriterKernel = "kernel" // writes the host's page cache back
+	WriterOther  = "other"
+)
 
 // Stats are the costs of one disk of a point, in bytes.
 type Stats struct {

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 
 	"github.com/tidemark/tidemark/agent"
@@ -63,7 +64,8 @@ The configuration is YAML:
 			}
 			a := &agent.Agent{
 				Config: cfg, Repo: repo, Source: src.open, Tool: toolName(), Log: log,
-				Ready: func(addr net.Addr) { log.Info("serving metrics", "address", addr.String()) },
+				Collectors: []prometheus.Collector{trackerMetrics{g.pins}},
+				Ready:      func(addr net.Addr) { log.Info("serving metrics", "address", addr.String()) },
 			}
 			return a.Run(c.Context())
 		},

@@ -112,6 +112,9 @@ func summary(w io.Writer, r agent.Result) error {
 			fmt.Fprintf(&b, "  %s: %s, because: %s\n", d.Source, whole[d.Tracking.Mode], why)
 		}
 	}
+	if others := agent.Others(p); len(others) > 0 {
+		fmt.Fprintf(&b, "  written by others than the VM: %s\n", writerList(others, 4))
+	}
 	if p.Consistency == store.None {
 		fmt.Fprintf(&b, "  WARNING: the point shows no single instant (%s)\n", r.Chosen)
 	}

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -11,11 +13,18 @@ import (
 )
 
 func newPoints(g *globals) *cobra.Command {
-	return &cobra.Command{
-		Use:   "points [NAME] -r REPO",
-		Short: "List restore points",
+	var evidence bool
+	c := &cobra.Command{
+		Use:   "points [NAME[@POINT]] -r REPO",
+		Short: "List restore points, and what their completeness rests on",
+		Long: `List restore points.
+
+--evidence shows, for each disk, how it was decided what to read, and the proof: which
+programs were attached from when on, how many events they missed, what they counted
+beside the kernel's own statistics, and who wrote.`,
 		Example: `  tidemark points -r /srv/backup
-  tidemark points web1 -r /srv/backup --json`,
+  tidemark points web1 -r /srv/backup --json
+  tidemark points web1@latest --evidence -r /srv/backup`,
 		Args: args(0, 1),
 		RunE: func(c *cobra.Command, a []string) (err error) {
 			ctx := c.Context()
@@ -24,33 +33,18 @@ func newPoints(g *globals) *cobra.Command {
 				return err
 			}
 			defer func() { err = errors.Join(err, repo.Close()) }()
-			vms := a
-			if len(vms) == 0 {
-				if vms, err = repo.VMs(ctx); err != nil {
-					return err
-				}
-			}
-			points := []*store.Point{}
-			var bad []error
-			for _, vm := range vms {
-				names, err := repo.Points(ctx, vm)
-				if err != nil {
-					return err
-				}
-				if len(names) == 0 && len(a) > 0 {
-					return fmt.Errorf("%s: %w: it has no restore point", vm, store.ErrNotFound)
-				}
-				for _, n := range names {
-					p, err := repo.Point(ctx, n)
-					if err != nil {
-						bad = append(bad, err) // the others are good still
-						continue
-					}
-					points = append(points, p)
-				}
+			points, bad, err := listPoints(ctx, repo, a)
+			if err != nil {
+				return err
 			}
 			if g.json {
 				return errors.Join(append(bad, printJSON(c.OutOrStdout(), points))...)
+			}
+			if evidence {
+				for _, p := range points {
+					bad = append(bad, printEvidence(c.OutOrStdout(), p))
+				}
+				return errors.Join(bad...)
 			}
 			t := newTable(c.OutOrStdout(), "POINT", "TIME", "DISKS", "MODE", "CHANGED", "READ", "STORED", "PAUSED", "CONSISTENCY")
 			for _, p := range points {
@@ -65,4 +59,44 @@ func newPoints(g *globals) *cobra.Command {
 			return errors.Join(append(bad, t.flush())...)
 		},
 	}
+	c.Flags().BoolVar(&evidence, "evidence", false, "show what the completeness of each point rests on")
+	return c
+}
+
+// listPoints reads the points that a names: of all VMs, of one, or one of one. Those that
+// can't be read come back as errors of their own.
+func listPoints(ctx context.Context, repo *store.Repo, a []string) (points []*store.Point, bad []error, err error) {
+	points = []*store.Point{}
+	vms := a
+	if len(vms) == 0 {
+		if vms, err = repo.VMs(ctx); err != nil {
+			return nil, nil, err
+		}
+	}
+	for _, vm := range vms {
+		if strings.Contains(vm, "@") {
+			p, err := repo.Find(ctx, vm)
+			if err != nil {
+				return nil, nil, err
+			}
+			points = append(points, p)
+			continue
+		}
+		names, err := repo.Points(ctx, vm)
+		if err != nil {
+			return nil, nil, err
+		}
+		if len(names) == 0 && len(a) > 0 {
+			return nil, nil, fmt.Errorf("%s: %w: it has no restore point", vm, store.ErrNotFound)
+		}
+		for _, n := range names {
+			p, err := repo.Point(ctx, n)
+			if err != nil {
+				bad = append(bad, err) // the others are good still
+				continue
+			}
+			points = append(points, p)
+		}
+	}
+	return points, bad, nil
 }

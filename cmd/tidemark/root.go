@@ -57,7 +57,7 @@ mounted, exported over NBD and booted at once.`,
 	}
 	add("backup", newInit(g), newBackup(g), newAgent(g))
 	add("use", newPoints(g), newMount(g), newExport(g), newRestore(g), newVerify(g))
-	add("host", newDoctor(g), newTrack(g), newUntrack(g), newStatus(g))
+	add("host", newDoctor(g), newTrack(g), newUntrack(g), newStatus(g), newHeat(g))
 	root.AddCommand(newVersion(g), newWatchdog(), newExitCodes())
 	return root
 }

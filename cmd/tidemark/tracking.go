@@ -175,6 +175,7 @@ type trackedDevice struct {
 	Writes   uint64   `json:"writes"`
 	Bytes    uint64   `json:"written_bytes"`
 	Discards uint64   `json:"discards"`
+	Rewrites uint64   `json:"rewrites"`
 	Unknown  []string `json:"unknown,omitempty"`
 }
 
@@ -227,7 +228,7 @@ func trackedRow(s bpf.Status) trackedDevice {
 	return trackedDevice{
 		Device: name, Number: fmt.Sprintf("%d:%d", s.Major, s.Minor), Size: s.Size, Granule: s.Granule, Epoch: s.Epoch,
 		Since: clock(s.Since), Dirty: int64(s.Dirty) * s.Granule, Retained: s.Retained, Memory: s.BitmapBytes,
-		Writes: s.Counts.Submits, Bytes: s.Counts.SubmitSectors * 512, Discards: s.Counts.Discards,
+		Writes: s.Counts.Submits, Bytes: s.Counts.SubmitSectors * 512, Discards: s.Counts.Discards, Rewrites: s.Counts.Rewrites,
 		Unknown: append(s.Taint.Reasons(), s.Loss.Reasons()...),
 	}
 }
