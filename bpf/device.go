@@ -216,3 +216,20 @@ func bootID() ([16]byte, error) {
 	}
 	return id, nil
 }
+
+// Disks are the whole disks of this host that can be tracked.
+func Disks() ([]Device, error) {
+	all, err := os.ReadDir("/sys/block")
+	if err != nil {
+		return nil, err
+	}
+	var out []Device
+	for _, e := range all {
+		// A "!" stands for the "/" of a name (cciss).
+		d, err := Lookup("/dev/" + strings.ReplaceAll(e.Name(), "!", "/"))
+		if err == nil && d.Size > 0 {
+			out = append(out, d)
+		}
+	}
+	return out, nil
+}

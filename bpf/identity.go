@@ -73,9 +73,9 @@ func identityOf(name string) (Identity, error) {
 	return Identity{}, ErrNoIdentity
 }
 
-// provingFS are the file systems on which it was tried that every write of a loop device
-// changes the times of its file.
-var provingFS = map[int64]string{unix.EXT4_SUPER_MAGIC: "ext4", unix.TMPFS_MAGIC: "tmpfs", unix.XFS_SUPER_MAGIC: "xfs"}
+// provingFS are the file systems on which it was tried that every write to a file changes its
+// times, also through a loop device or a mapping. On tmpfs, a mapping's does not.
+var provingFS = map[int64]string{unix.EXT4_SUPER_MAGIC: "ext4", unix.XFS_SUPER_MAGIC: "xfs"}
 
 func loopIdentity(name, file string) (Identity, error) {
 	if file == "" {
