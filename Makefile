@@ -5,8 +5,9 @@ GO      ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LINT     = $(GO) tool -modfile=tools/go.mod golangci-lint
 FUZZTIME ?= 30s
+comma := ,
 
-.PHONY: all build demo test deps generate check-generate lint unit fuzz bench truth vmtest clean help
+.PHONY: all build demo test deps generate check-generate lint unit fuzz bench truth campaign vmtest matrix clean help
 
 all: build
 
@@ -50,12 +51,20 @@ bench: ## side by side with peers; prints, judges nothing
 truth: ## the truth test for longer: EPOCHS swaps (default 5000)
 	TIDEMARK_TRUTH_EPOCHS=$${EPOCHS:-5000} $(GO) test -count 1 -timeout 2h -v -run 'TestTruth$$' ./cbt
 
-vmtest: ## the tracker's tests under a Debian kernel in QEMU (KERNEL=package)
+campaign: ## truth with fast writers: WRITES random writes per kind of device (default 1000000; KINDS=a,b)
+	TIDEMARK_TRUTH_WRITES=$${WRITES:-1000000} $(GO) test -count 1 -timeout 8h -v -run 'TestTruth$$/^($(or $(subst $(comma),|,$(KINDS)),.*))$$' ./cbt
+
+vmtest: ## the tracker's tests under one Debian kernel in QEMU (KERNEL=SUITE/PACKAGE)
+	$(MAKE) matrix KERNELS=$(or $(KERNEL),bookworm-security/linux-image-cloud-amd64)
+
+matrix: ## truth for kernel × device kind, in QEMU (KERNELS=SUITE/PACKAGE,... KINDS=a,b WRITES=n EPOCHS=n)
 	test/deps.sh build run
 	mkdir -p bin
 	CGO_ENABLED=0 $(GO) test -c -o bin/cbt.test ./cbt
-	$(GO) run ./test/vm/cmd/vmtest -kernel $(or $(KERNEL),linux-image-cloud-amd64) -timeout 20m -modules virtio_pci,virtio_blk,virtio_rng,loop,dm-mod,dm-delay,zram \
-	  $(foreach t,fio losetup sfdisk partx blkdiscard dmsetup,-tool $$(command -v $t)) bin/cbt.test -test.v -test.timeout 19m
+	CGO_ENABLED=0 $(GO) test -c -o bin/bpf.test ./bpf
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/tidemark ./cmd/tidemark
+	$(GO) run ./test/vm/cmd/matrix $(if $(KERNELS),-kernels '$(KERNELS)') $(if $(KINDS),-kinds '$(KINDS)') $(if $(WRITES),-writes $(WRITES)) $(if $(EPOCHS),-epochs $(EPOCHS)) \
+	  bin/cbt.test bin/bpf.test bin/tidemark
 
 clean:
 	rm -rf bin

@@ -6,6 +6,7 @@ import "errors"
 var (
 	ErrPermission    = errors.New("needs root (CAP_BPF, CAP_PERFMON and CAP_SYS_ADMIN)")
 	ErrNoBTF         = errors.New("the kernel has no BTF (CONFIG_DEBUG_INFO_BTF, /sys/kernel/btf/vmlinux)")
+	ErrOldKernel     = errors.New("the kernel is too old: 5.17 is the oldest that has all the tracker needs")
 	ErrNotBlock      = errors.New("not a block device")
 	ErrUntrackable   = errors.New("writes to it can't be seen by block tracepoints")
 	ErrNotAttached   = errors.New("no tracker is attached on this host")

@@ -1,7 +1,6 @@
 package bpf
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -27,7 +26,7 @@ func Probe() []Check {
 	}
 	checks := []Check{{Name: "kernel", Note: release}}
 	if kernelBefore(5, 17) {
-		checks[0].Err = errors.New("too old: 5.17 is the oldest that has all the tracker needs (6.1 and 6.18 are tested)")
+		checks[0].Err = ErrOldKernel
 	}
 	root := Check{Name: "privilege", Note: "root"}
 	if os.Geteuid() != 0 {

@@ -89,13 +89,17 @@ const (
 // none, or if what is pinned can't be trusted: then every device has to be
 // registered again. If only its programs are of another version than this binary's, they are
 // replaced without a gap, see [Tracker.Outdated]. It needs root. Errors wrap ErrPermission,
-// ErrNoBTF, or ErrBusy while another process uses what can't be adopted.
+// ErrNoBTF, ErrOldKernel, or ErrBusy while another process uses what can't be adopted.
 func Open(o Options) (*Tracker, error) {
 	if o.Dir == "" {
 		o.Dir = DefaultDir
 	}
 	if _, err := os.Stat("/sys/kernel/btf/vmlinux"); err != nil {
 		return nil, ErrNoBTF
+	}
+	if kernelBefore(5, 17) {
+		// It would be refused anyway, by a verifier that does not say why.
+		return nil, ErrOldKernel
 	}
 	if os.Geteuid() != 0 {
 		return nil, fmt.Errorf("tracking writes: %w", ErrPermission)

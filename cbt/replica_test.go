@@ -12,7 +12,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/tidemark/tidemark/bpf"
 	"github.com/tidemark/tidemark/cbt"
@@ -60,26 +59,6 @@ func loopDevice(t *testing.T, size int64, table string) string {
 	return dev
 }
 
-// delayDevice makes a device-mapper device whose writes take their time.
-func delayDevice(t *testing.T, size int64, delay time.Duration) string {
-	t.Helper()
-	if out, err := exec.Command("dmsetup", "targets").CombinedOutput(); err != nil || !strings.Contains(string(out), "delay") {
-		t.Skipf("SKIP: no dm-delay in this kernel, `make vmtest` runs it in another: %v", err)
-	}
-	below := loopDevice(t, size, "")
-	name := "tidemark-" + filepath.Base(below)
-	table := fmt.Sprintf("0 %d delay %s 0 0 %s 0 %d", size/512, below, below, delay.Milliseconds())
-	if out, err := exec.Command("dmsetup", "create", name, "--table", table).CombinedOutput(); err != nil {
-		t.Fatalf("dmsetup: %v: %s", err, out)
-	}
-	t.Cleanup(func() {
-		if out, err := exec.Command("dmsetup", "remove", "--retry", name).CombinedOutput(); err != nil {
-			t.Errorf("dmsetup remove: %v: %s", err, out)
-		}
-	})
-	return "/dev/mapper/" + name
-}
-
 // zramDevice gives a zram device that nobody uses a size until the test ends.
 func zramDevice(t *testing.T, size int64) string {
 	t.Helper()
@@ -122,23 +101,28 @@ func pinDir(t *testing.T) string {
 // replica is a copy of a device that is kept in step by the deltas alone. Like
 // a backup it is killed at any moment: the change ID is saved after the data.
 type replica struct {
-	dir string
-	dev string
-	src cbt.Source
-	id  cbt.ChangeID
+	dir     string
+	dev     string
+	tracker *bpf.Tracker
+	src     cbt.Source
+	id      cbt.ChangeID
 }
 
 func openReplica(dir, pins, dev string) (*replica, func(), error) {
-	tr, err := bpf.Open(bpf.Options{Dir: pins})
+	return openReplicaWith(bpf.Options{Dir: pins}, bpf.DefaultGranuleShift, dir, dev)
+}
+
+func openReplicaWith(o bpf.Options, shift uint, dir, dev string) (*replica, func(), error) {
+	tr, err := bpf.Open(o)
 	if err != nil {
 		return nil, nil, err
 	}
-	src, err := cbt.OpenTracked(tr, dev, bpf.DefaultGranuleShift)
+	src, err := cbt.OpenTracked(tr, dev, shift)
 	if err != nil {
 		_ = tr.Close()
 		return nil, nil, err
 	}
-	r := &replica{dir: dir, dev: dev, src: src}
+	r := &replica{dir: dir, dev: dev, tracker: tr, src: src}
 	b, err := os.ReadFile(filepath.Join(dir, "id"))
 	if err == nil {
 		r.id, err = cbt.ParseChangeID(string(b))
@@ -165,6 +149,7 @@ func (r *replica) step(ctx context.Context) (cbt.Delta, error) {
 	}
 	defer func() { _ = out.Close() }()
 	buf := aligned(1 << 20)
+	defer func() { _ = syscall.Munmap(buf) }()
 	for _, x := range d.Extents {
 		for off, end := x.Off, x.Off+x.Len; off < end; {
 			n := min(int64(len(buf)), end-off)
@@ -196,10 +181,12 @@ func aligned(n int) []byte {
 	return mem
 }
 
-// firstDifference compares replica and device, and says where they differ.
-func firstDifference(t *testing.T, dir, dev string) string {
+// differing compares replica and device, and returns where granules of that many
+// bytes differ.
+func differing(t *testing.T, dir, dev string, granule int) []int64 {
 	t.Helper()
-	a, err := os.Open(dev)
+	// A partition and its disk have page caches of their own: past them.
+	a, err := os.OpenFile(dev, os.O_RDONLY|syscall.O_DIRECT, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -209,7 +196,8 @@ func firstDifference(t *testing.T, dir, dev string) string {
 		t.Fatal(err)
 	}
 	defer func() { _ = b.Close() }()
-	x, y := make([]byte, 64<<10), make([]byte, 64<<10)
+	x, y := aligned(granule), make([]byte, granule)
+	defer func() { _ = syscall.Munmap(x) }()
 	var bad []int64
 	for off := int64(0); ; off += int64(len(x)) {
 		n, err := io.ReadFull(a, x)
@@ -218,11 +206,7 @@ func firstDifference(t *testing.T, dir, dev string) string {
 			bad = append(bad, off)
 		}
 		if err != nil {
-			break
+			return bad
 		}
 	}
-	if len(bad) == 0 {
-		return ""
-	}
-	return fmt.Sprintf("%d granules differ, the first at %#x", len(bad), bad[0])
 }

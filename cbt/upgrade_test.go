@@ -22,53 +22,48 @@ import (
 
 // stepUnder feeds a replica of dev once, through a tracker of its own.
 func stepUnder(ctx context.Context, o bpf.Options, dir, dev string) (cbt.Delta, error) {
-	tr, err := bpf.Open(o)
+	r, closeReplica, err := openReplicaWith(o, bpf.DefaultGranuleShift, dir, dev)
 	if err != nil {
 		return cbt.Delta{}, err
 	}
-	defer func() { _ = tr.Close() }()
-	if why := tr.Outdated(); why != "" {
-		return cbt.Delta{}, fmt.Errorf("not upgraded: %s", why)
-	}
-	src, err := cbt.OpenTracked(tr, dev, bpf.DefaultGranuleShift)
-	if err != nil {
-		return cbt.Delta{}, err
-	}
-	defer func() { _ = src.Close() }()
-	r := &replica{dir: dir, dev: dev, src: src}
-	if b, err := os.ReadFile(filepath.Join(dir, "id")); err == nil {
-		if r.id, err = cbt.ParseChangeID(string(b)); err != nil {
-			return cbt.Delta{}, err
-		}
-	}
+	defer closeReplica()
 	return r.step(ctx)
 }
 
 // Each epoch belongs to programs of another version, and nothing is lost between them.
 func TestTruthSurvivesUpgrade(t *testing.T) {
-	t.Run("loop", func(t *testing.T) {
-		dev := loopDevice(t, truthSize, truthTable)
-		truthSurvivesUpgrade(t, []string{dev, dev + "p1"}, func() func() uint64 { return writers(t, dev, dev+"p1", dev+"p2", "512") })
-	})
-	t.Run("dm-delay", func(t *testing.T) {
-		dev := delayDevice(t, truthSize, 25*time.Millisecond)
-		truthSurvivesUpgrade(t, []string{dev}, func() func() uint64 { return writers(t, dev, dev, dev, "512") })
-	})
-	t.Run("zram", func(t *testing.T) {
-		dev := zramDevice(t, truthSize)
-		truthSurvivesUpgrade(t, []string{dev}, func() func() uint64 { return writers(t, dev, dev, dev, "4k") })
-	})
+	for _, k := range kinds {
+		switch k.name {
+		case "loop", "zram", "nvme", "dm-delay", "dm-thin", "md-raid1":
+		default:
+			continue
+		}
+		t.Run(k.name, func(t *testing.T) {
+			d := k.open(t)
+			if k.refused != nil && k.refused() != "" {
+				t.Skip("SKIP: it is not tracked on this kernel: ", k.refused())
+			}
+			truthSurvivesUpgrade(t, d)
+		})
+	}
 }
 
-func truthSurvivesUpgrade(t *testing.T, devs []string, write func() (stop func() uint64)) {
+func truthSurvivesUpgrade(t *testing.T, d target) {
+	devs := []string{d.disk}
+	if d.parts[0] != d.disk {
+		devs = append(devs, d.parts[0])
+	}
 	pins := pinDir(t)
 	dirs := make([]string, len(devs))
 	for i := range devs {
 		dirs[i] = t.TempDir()
 	}
-	stop := write()
+	stop := writers(t, d)
 	time.Sleep(2 * time.Second) // until fio has started its jobs
-	const upgrades = 24
+	upgrades := 24
+	if os.Getenv("TIDEMARK_TESTVM") != "" {
+		upgrades = 8 // emulated
+	}
 	var changed int64
 	for n := range upgrades {
 		o := bpf.Options{Dir: pins, Variant: uint32(n)}
@@ -89,22 +84,25 @@ func truthSurvivesUpgrade(t *testing.T, devs []string, write func() (stop func()
 		if err != nil {
 			t.Fatal(err)
 		}
+		if why := tr.Outdated(); why != "" {
+			t.Error("not upgraded: ", why)
+		}
 		_ = tr.Close()
 		time.Sleep(time.Duration(rand.IntN(80)) * time.Millisecond)
 	}
-	kib := stop()
+	wrote := stop()
 	for i, dev := range devs {
 		if err := syncDevice(dev); err != nil {
 			t.Fatal(err)
 		}
-		if d, err := stepUnder(t.Context(), bpf.Options{Dir: pins, Variant: upgrades}, dirs[i], dev); err != nil || len(d.Unknown) > 0 {
+		if d, err := stepUnder(t.Context(), bpf.Options{Dir: pins, Variant: uint32(upgrades)}, dirs[i], dev); err != nil || len(d.Unknown) > 0 {
 			t.Errorf("the last epoch: %v, unknown because %v", err, d.Unknown)
 		}
-		if diff := firstDifference(t, dirs[i], dev); diff != "" {
-			t.Error("MISSED: ", dev, ": ", diff)
+		if at := differing(t, dirs[i], dev, 64<<10); len(at) > 0 {
+			t.Errorf("MISSED: %s: %d granules differ, the first at %#x", dev, len(at), at[0])
 		}
 	}
-	t.Logf("%d upgrades: fio wrote %d MiB, the deltas held %d MiB", upgrades, kib>>10, changed>>20)
+	t.Logf("%d upgrades: %d writes and %d discards and zeroes, the deltas held %d MiB", upgrades, wrote.writes, wrote.trims+wrote.zeroes, changed>>20)
 }
 
 // upgradeEnv turns the test binary into a process that upgrades and dies at a step.

@@ -8,7 +8,7 @@ want=
 for what in "$@"; do
   case $what in
     build) want="$want clang-14 llvm-14 libbpf-dev gcc libc6-dev git" ;;
-    run) want="$want qemu-system-x86 qemu-utils nbdkit libnbd-bin python3-libnbd nbd-client fio fuse3 busybox-static cpio kmod xz-utils dmsetup fdisk util-linux mount e2fsprogs" ;;
+    run) want="$want qemu-system-x86 qemu-utils nbdkit libnbd-bin python3-libnbd nbd-client fio fuse3 busybox-static cpio kmod xz-utils dmsetup mdadm fdisk util-linux mount e2fsprogs" ;;
     *) echo "usage: $0 build|run..." >&2; exit 2 ;;
   esac
 done

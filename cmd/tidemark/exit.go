@@ -36,7 +36,7 @@ func exitCode(ctx context.Context, err error) int {
 		return exitOK
 	case errors.As(err, &usage), errors.Is(err, agent.ErrQuiesceSyntax), errors.Is(err, agent.ErrConfig):
 		return exitUsage
-	case errors.Is(err, bpf.ErrPermission), errors.Is(err, bpf.ErrNoBTF), errors.Is(err, bpf.ErrUntrackable):
+	case errors.Is(err, bpf.ErrPermission), errors.Is(err, bpf.ErrNoBTF), errors.Is(err, bpf.ErrOldKernel), errors.Is(err, bpf.ErrUntrackable):
 		return exitUnsupported
 	case errors.Is(err, bpf.ErrBusy), errors.Is(err, store.ErrLocked):
 		return exitBusy
@@ -56,6 +56,7 @@ func message(err error) string {
 	}{
 		{bpf.ErrPermission, "run it as root, or with sudo"},
 		{bpf.ErrNoBTF, "run `tidemark doctor` to see what this kernel can do"},
+		{bpf.ErrOldKernel, "run `tidemark doctor` to see what this kernel can do"},
 		{bpf.ErrNotAttached, "`tidemark track DEVICE` attaches it"},
 		{bpf.ErrBusy, "wait for the backup that is running, or see `tidemark status`"},
 		{store.ErrLocked, "wait for the backup of this VM that is running"},

@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -17,7 +19,10 @@ const CloudKernel = "linux-image-cloud-amd64"
 
 // KernelSource says where to take a kernel from. Empty fields have defaults.
 type KernelSource struct {
-	Package string // Debian package or meta package, default CloudKernel
+	// Package is a Debian package or meta package, default CloudKernel. One of a
+	// series, such as "linux-image-6.18-cloud-amd64", is the newest of that series if
+	// the suite has no package of that very name.
+	Package string
 	Suite   string // default "bookworm"
 	Mirror  string // default: where the host takes its own packages from
 }
@@ -32,6 +37,8 @@ type Kernel struct {
 var (
 	debianName = regexp.MustCompile(`^[a-z0-9][a-z0-9.+-]*$`)
 	imageDep   = regexp.MustCompile(`(?m)^\s*Depends: (linux-image-[0-9]\S*)$`)
+	// From 7.0 on, image and modules are packages of their own.
+	partDep = regexp.MustCompile(`(?m)^\s*Depends: <?(linux-(?:binary|modules)-[0-9]\S*?)>?$`)
 )
 
 // FetchKernel returns the kernel out of the cache, or fetches it by apt with
@@ -83,6 +90,11 @@ func unpackKernel(ctx context.Context, src KernelSource, root string) (err error
 		if src.Mirror, err = hostMirror(ctx); err != nil {
 			return err
 		}
+		// Security suites have a tree of their own beside the main one.
+		src.Mirror = strings.TrimSuffix(strings.TrimSuffix(src.Mirror, "/"), "-security")
+		if strings.HasSuffix(src.Suite, "-security") {
+			src.Mirror += "-security"
+		}
 	}
 	apt, err := os.MkdirTemp("", "tidemark-apt")
 	if err != nil {
@@ -112,32 +124,58 @@ func unpackKernel(ctx context.Context, src KernelSource, root string) (err error
 	if _, err := run(ctx, "", "apt-get", append(opts, "update")...); err != nil {
 		return err
 	}
-	// The package named is usually a meta package: follow it to the image.
-	deps, err := run(ctx, "", "apt-cache", append(opts, "depends", src.Package)...)
+	names, err := run(ctx, "", "apt-cache", append(opts, "pkgnames", "linux-image-")...)
 	if err != nil {
 		return err
 	}
-	image := src.Package
+	image, err := ofSeries(src.Package, strings.Fields(string(names)))
+	if err != nil {
+		return err
+	}
+	// It is often a meta package: follow it to the image.
+	deps, err := run(ctx, "", "apt-cache", append(opts, "depends", image)...)
+	if err != nil {
+		return err
+	}
 	if m := imageDep.FindSubmatch(deps); m != nil {
 		image = string(m[1])
+		if deps, err = run(ctx, "", "apt-cache", append(opts, "depends", image)...); err != nil {
+			return err
+		}
 	}
-	if _, err := run(ctx, apt, "apt-get", append(opts, "download", image)...); err != nil {
+	packages := []string{image}
+	for _, m := range partDep.FindAllSubmatch(deps, -1) {
+		packages = append(packages, string(m[1]))
+	}
+	if _, err := run(ctx, apt, "apt-get", append(append(opts, "download"), packages...)...); err != nil {
 		return err
 	}
 	debs, err := filepath.Glob(filepath.Join(apt, "*.deb"))
 	if err != nil {
 		return err
 	}
-	if len(debs) != 1 {
-		return fmt.Errorf("apt-get download %s left %d packages, want 1", image, len(debs))
+	if len(debs) != len(packages) {
+		return fmt.Errorf("apt-get download %v left %d packages", packages, len(debs))
 	}
-	if _, err := run(ctx, "", "dpkg-deb", "-x", debs[0], root); err != nil {
-		return err
+	for _, deb := range debs {
+		if _, err := run(ctx, "", "dpkg-deb", "-x", deb, root); err != nil {
+			return err
+		}
 	}
 	// From Debian 13 on /lib is merged into /usr. depmod and modprobe are given
 	// one layout.
 	if _, err := os.Stat(filepath.Join(root, "usr/lib/modules")); err == nil {
 		if err := os.Symlink("usr/lib", filepath.Join(root, "lib")); err != nil {
+			return err
+		}
+	}
+	// From 7.0 on, the image lies with its modules.
+	if images, _ := filepath.Glob(filepath.Join(root, "usr/lib/modules/*/vmlinuz")); len(images) == 1 {
+		release := filepath.Base(filepath.Dir(images[0]))
+		if err := os.MkdirAll(filepath.Join(root, "boot"), 0o755); err != nil {
+			return err
+		}
+		if err := os.Rename(images[0], filepath.Join(root, "boot", "vmlinuz-"+release)); err != nil {
 			return err
 		}
 	}
@@ -147,6 +185,39 @@ func unpackKernel(ctx context.Context, src KernelSource, root string) (err error
 	}
 	_, err = run(ctx, "", "depmod", "-b", root, release)
 	return err
+}
+
+var seriesName = regexp.MustCompile(`^(linux-image-[0-9]+\.[0-9]+)(-[a-z].*)$`)
+
+// ofSeries finds the package that is meant by name: itself, or the newest of the
+// series it names.
+func ofSeries(name string, have []string) (string, error) {
+	m := seriesName.FindStringSubmatch(name)
+	if m == nil || slices.Contains(have, name) {
+		return name, nil
+	}
+	// "linux-image-6.18" + ".15+deb13" + "-cloud-amd64": no flavour has a dot, and
+	// unsigned images end otherwise.
+	of := regexp.MustCompile(`^` + regexp.QuoteMeta(m[1]) + `\.([0-9.]+)\+[^-]+` + regexp.QuoteMeta(m[2]) + `$`)
+	newest, best := "", []int(nil)
+	for _, n := range have {
+		v := of.FindStringSubmatch(n)
+		if v == nil {
+			continue
+		}
+		var version []int
+		for f := range strings.SplitSeq(v[1], ".") {
+			i, _ := strconv.Atoi(f)
+			version = append(version, i)
+		}
+		if newest == "" || slices.Compare(version, best) > 0 {
+			newest, best = n, version
+		}
+	}
+	if newest == "" {
+		return "", fmt.Errorf("the suite has no %s*%s", m[1], m[2])
+	}
+	return newest, nil
 }
 
 // hostMirror is the Debian mirror that the host uses, which may be the only one

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -23,12 +24,17 @@ var runInit string
 const (
 	Virtio = "virtio" // /dev/vda, /dev/vdb, ...; needs module virtio_blk
 	NVMe   = "nvme"   // /dev/nvme0n1, /dev/nvme1n1, ...
+	SCSI   = "scsi"   // /dev/sda, /dev/sdb, ...; needs modules virtio_scsi and sd_mod
 )
 
-// ScratchDisk is an empty disk that a run may destroy.
+// ScratchDisk is a disk that a run may write over: an empty one of its own, or a
+// file that stays.
 type ScratchDisk struct {
-	Size int64  // bytes
+	Size int64  // bytes; not used with Path
 	Bus  string // default Virtio
+	// Path is a raw image file of the caller's. What the guest has flushed is in it,
+	// whatever becomes of QEMU; what it has only written may be.
+	Path string
 }
 
 // Program is something to run in a guest.
@@ -46,7 +52,10 @@ type Run struct {
 	// Modules to load before, in order, with their dependencies; "null_blk
 	// nr_devices=2" gives parameters. Those built into the kernel are skipped,
 	// those the kernel has not are an error.
-	Modules   []string
+	Modules []string
+	// Optional are modules like those, but ones that the kernel has not are named in
+	// the result.
+	Optional  []string
 	Tools     []string          // host programs to be found in the guest's PATH, with their libraries
 	Files     map[string]string // path in the guest to file on the host
 	Disks     []ScratchDisk
@@ -60,6 +69,8 @@ type Run struct {
 type Result struct {
 	Exits []int  // exit status of each program that ended, in order
 	Log   []Line // all that was printed
+	// Missing are the optional modules that the kernel has not.
+	Missing []string
 }
 
 // Exit is 0 if all programs exited 0, else the status of the first that did not.
@@ -116,7 +127,7 @@ func RunInKernel(ctx context.Context, r Run) (res *Result, err error) {
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	archive := filepath.Join(dir, "initramfs")
 	token := rand.Text()[:8]
-	if err := r.pack(ctx, archive, token); err != nil {
+	if res.Missing, err = r.pack(ctx, archive, token); err != nil {
 		return res, err
 	}
 	disks, err := r.makeDisks(dir)
@@ -175,18 +186,20 @@ func parseRun(log []Line, token string) (exits []int, done bool) {
 	return exits, done
 }
 
-// pack makes the initramfs.
-func (r *Run) pack(ctx context.Context, to, token string) error {
+// pack makes the initramfs, and says which optional modules are missing.
+func (r *Run) pack(ctx context.Context, to, token string) (missing []string, err error) {
 	a, err := createInitramfs(to)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	a.text("run.token", token+"\n", cpioFile|0o644)
-	err = r.fill(ctx, a)
+	if err = r.fill(ctx, a); err == nil {
+		missing, err = r.packModules(ctx, a)
+	}
 	if closed := a.close(); err == nil {
 		err = closed
 	}
-	return err
+	return missing, err
 }
 
 func (r *Run) fill(ctx context.Context, a *initramfs) error {
@@ -235,18 +248,22 @@ func (r *Run) fill(ctx context.Context, a *initramfs) error {
 		}
 		a.file(guest, host, int(st.Mode().Perm()))
 	}
-	return r.packModules(ctx, a)
+	return nil
 }
 
 // packModules adds the modules and the order in which to load them.
-func (r *Run) packModules(ctx context.Context, a *initramfs) error {
+func (r *Run) packModules(ctx context.Context, a *initramfs) (missing []string, err error) {
 	var list strings.Builder
 	seen := map[string]bool{}
-	for _, m := range r.Modules {
+	for i, m := range slices.Concat(r.Modules, r.Optional) {
 		name, params, _ := strings.Cut(m, " ")
 		out, err := run(ctx, "", "modprobe", "-d", r.Kernel.Dir, "-S", r.Kernel.Release, "--show-depends", name)
+		if err != nil && i >= len(r.Modules) && strings.Contains(err.Error(), "not found") {
+			missing = append(missing, name)
+			continue
+		}
 		if err != nil {
-			return err
+			return nil, err
 		}
 		var files []string
 		for line := range strings.Lines(string(out)) {
@@ -261,7 +278,7 @@ func (r *Run) packModules(ctx context.Context, a *initramfs) error {
 			seen[host] = true
 			guest, err := a.module(ctx, host)
 			if err != nil {
-				return err
+				return nil, err
 			}
 			list.WriteString(guest)
 			if i == len(files)-1 && params != "" {
@@ -271,7 +288,7 @@ func (r *Run) packModules(ctx context.Context, a *initramfs) error {
 		}
 	}
 	a.text("modules.list", list.String(), cpioFile|0o644)
-	return nil
+	return missing, nil
 }
 
 // module copies a kernel module. Compressed ones are unpacked: busybox's insmod
@@ -308,26 +325,31 @@ func decodeZstd(b []byte) ([]byte, error) {
 	return d.DecodeAll(b, nil)
 }
 
-// makeDisks makes the scratch disks and the arguments that attach them.
+// makeDisks makes the disks that are not there yet, and the arguments that attach them.
 func (r *Run) makeDisks(dir string) ([]string, error) {
 	var args []string
 	for i, d := range r.Disks {
-		file := filepath.Join(dir, fmt.Sprintf("disk%d", i))
-		f, err := os.Create(file)
-		if err != nil {
-			return nil, err
-		}
-		if err := errors.Join(f.Truncate(d.Size), f.Close()); err != nil {
-			return nil, err
-		}
 		id := fmt.Sprintf("disk%d", i)
 		// Nobody needs a scratch disk after a power failure.
-		args = append(args, "-drive", fmt.Sprintf("if=none,id=%s,format=raw,cache=unsafe,discard=unmap,file=%s", id, strings.ReplaceAll(file, ",", ",,")))
+		file, cache := d.Path, "writeback"
+		if file == "" {
+			file, cache = filepath.Join(dir, id), "unsafe"
+			f, err := os.Create(file)
+			if err != nil {
+				return nil, err
+			}
+			if err := errors.Join(f.Truncate(d.Size), f.Close()); err != nil {
+				return nil, err
+			}
+		}
+		args = append(args, "-drive", fmt.Sprintf("if=none,id=%s,format=raw,cache=%s,discard=unmap,file=%s", id, cache, strings.ReplaceAll(file, ",", ",,")))
 		switch d.Bus {
 		case Virtio, "":
 			args = append(args, "-device", "virtio-blk-pci,serial="+id+",drive="+id)
 		case NVMe:
 			args = append(args, "-device", "nvme,serial="+id+",drive="+id)
+		case SCSI:
+			args = append(args, "-device", "virtio-scsi-pci,id=bus-"+id, "-device", "scsi-hd,serial="+id+",bus=bus-"+id+".0,drive="+id)
 		default:
 			return nil, fmt.Errorf("unknown bus %q", d.Bus)
 		}

@@ -63,7 +63,7 @@ func vmtest(ctx context.Context, args []string) (int, error) {
 		return nil
 	})
 	var disks []testvm.ScratchDisk
-	fs.Func("disk", "`[BUS:]MiB` of a scratch disk on bus virtio or nvme; repeatable", func(s string) error {
+	fs.Func("disk", "`[BUS:]MiB` of a scratch disk on bus virtio, scsi or nvme; repeatable", func(s string) error {
 		bus, size, ok := strings.Cut(s, ":")
 		if !ok {
 			bus, size = testvm.Virtio, s
