@@ -259,7 +259,7 @@ func (v State) take(tracker *bpf.Tracker, dev bpf.Device) (*savedState, string, 
 	}
 	state, err := decodeState(b)
 	if err != nil {
-		return nil, err.Error(), nil
+		return nil, err.Error(), nil //nolint:nilerr // said in the next delta: all is unknown
 	}
 	boot, err := v.boot(tracker)
 	if err != nil {

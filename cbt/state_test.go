@@ -96,7 +96,7 @@ func provenDevice(t *testing.T) string {
 		t.Fatal(err)
 	}
 	if id, err := dev.Identity(); err != nil || id.Proof == "" {
-		t.Skipf("SKIP: %s is not on ext4 or xfs (TMPDIR), or lacks what it takes: %v; `make reboottest` runs it in a guest", id.Name, err)
+		t.Skipf("SKIP: %s is not on ext4 or xfs (TMPDIR), or lacks what it takes: %v; TestReboot runs it in a guest", id.Name, err)
 	}
 	return path
 }
