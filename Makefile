@@ -7,7 +7,7 @@ LINT     = $(GO) tool -modfile=tools/go.mod golangci-lint
 FUZZTIME ?= 30s
 comma := ,
 
-.PHONY: all build demo test deps generate check-generate lint unit fuzz bench truth campaign vmtest matrix clean help
+.PHONY: all build demo test deps generate check-generate lint unit fuzz bench bench-tracking bench-tracking-vm bench-incremental truth campaign vmtest matrix model clean help
 
 all: build
 
@@ -48,6 +48,30 @@ bench: ## side by side with peers; prints, judges nothing
 	test/deps.sh run
 	$(GO) run ./test/bench/nbdbench
 
+# What else each can be told is in docs/benchmarks.md: BENCHFLAGS='-busy -json'.
+bench-tracking: ## what tracking costs the writer, on this host (BENCHFLAGS=)
+	test/deps.sh run
+	mkdir -p bin
+	$(GO) build -o bin/trackbench ./test/bench/trackbench
+	bin/trackbench $(BENCHFLAGS)
+
+# Quiet is the host that counts; the guest is asked to measure whatever it sees.
+bench-tracking-vm: ## the same beside dm-era and dm-snapshot, under a Debian kernel in QEMU (KERNEL=package, BENCHFLAGS=)
+	test/deps.sh build run
+	mkdir -p bin
+	CGO_ENABLED=0 $(GO) build -o bin/trackbench ./test/bench/trackbench
+	CGO_ENABLED=0 $(GO) build -o bin/vmtest ./test/vm/cmd/vmtest
+	@echo "the host's load: $$(cat /proc/loadavg)"
+	bin/vmtest -kernel $(or $(KERNEL),linux-image-cloud-amd64) -timeout 120m -modules virtio_pci,virtio_blk,virtio_rng,loop,dm-mod,dm-era,dm-snapshot \
+	  -disk nvme:96 -disk nvme:128 -disk 96 -disk 128 $(foreach t,fio dmsetup,-tool $$(command -v $t)) \
+	  bin/trackbench -busy -rounds 7 -seconds 2 -stat-rounds 1 -devices loop -size 96 -scratch /dev/nvme0n1:/dev/nvme1n1 -scratch /dev/vda:/dev/vdb \
+	  -layers none,attached,tracked,linear,era,snapshot $(BENCHFLAGS)
+
+bench-incremental: build ## an incremental beside restic, borg and a full compare (BENCHDIR=, BENCHFLAGS=)
+	test/deps.sh run bench
+	$(GO) build -o bin/incrbench ./test/bench/incrbench
+	bin/incrbench -tidemark bin/tidemark $(if $(BENCHDIR),-dir $(BENCHDIR)) $(BENCHFLAGS)
+
 truth: ## the truth test for longer: EPOCHS swaps (default 5000)
 	TIDEMARK_TRUTH_EPOCHS=$${EPOCHS:-5000} $(GO) test -count 1 -timeout 2h -v -run 'TestTruth$$' ./cbt
 
@@ -65,6 +89,10 @@ matrix: ## truth for kernel × device kind, in QEMU (KERNELS=SUITE/PACKAGE,... K
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/tidemark ./cmd/tidemark
 	$(GO) run ./test/vm/cmd/matrix $(if $(KERNELS),-kernels '$(KERNELS)') $(if $(KINDS),-kinds '$(KINDS)') $(if $(WRITES),-writes $(WRITES)) $(if $(EPOCHS),-epochs $(EPOCHS)) \
 	  bin/cbt.test bin/bpf.test bin/tidemark
+
+model: ## Spin: the epoch protocol keeps its properties, broken variants do not
+	test/deps.sh model
+	$(GO) run ./test/model
 
 clean:
 	rm -rf bin

@@ -74,12 +74,7 @@ func newBench(t *testing.T) *bench {
 
 // source opens the tracker anew for each backup, as the command does.
 func (b *bench) source(_ context.Context, path string) (cbt.Source, error) {
-	tr, err := bpf.Open(bpf.Options{Dir: b.pins, Misses: func(m bpf.Misses) bpf.Misses {
-		for i := range m {
-			m[i] += b.seam[i]
-		}
-		return m
-	}})
+	tr, err := bpf.Open(bpf.Options{Dir: b.pins, Misses: b.misses})
 	if err != nil {
 		return nil, err
 	}
@@ -88,6 +83,13 @@ func (b *bench) source(_ context.Context, path string) (cbt.Source, error) {
 		return nil, errors.Join(err, tr.Close())
 	}
 	return ownedSource{src, tr}, nil
+}
+
+func (b *bench) misses(m bpf.Misses) bpf.Misses {
+	for i := range m {
+		m[i] += b.seam[i]
+	}
+	return m
 }
 
 // ownedSource closes the tracker together with the source.

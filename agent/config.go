@@ -29,6 +29,7 @@ type VMConfig struct {
 	Every       time.Duration `yaml:"every"`
 	Quiesce     string        `yaml:"quiesce"`      // as on the command line; auto if empty
 	PauseBudget time.Duration `yaml:"pause_budget"` // DefaultPauseBudget if 0
+	Audit       *AuditConfig  `yaml:"audit"`        // nil: none
 }
 
 // ErrConfig is wrapped when a configuration can't be used.
@@ -100,6 +101,9 @@ func (c Config) check() error {
 		}
 		if _, err := ParseQuiesce(vm.Quiesce); err != nil {
 			return fmt.Errorf("vm %s: %w", vm.Name, err)
+		}
+		if err := vm.Audit.check(); err != nil {
+			return fmt.Errorf("vm %s: audit: %w", vm.Name, err)
 		}
 	}
 	return nil

@@ -98,11 +98,8 @@ func (c *convergence) needs() time.Duration {
 
 func (c *convergence) rounds(ctx context.Context) error {
 	stalled := 0
-	type round struct {
-		left    int64
-		swapped time.Time
-	}
-	for before := (round{-1, time.Now()}); ; {
+	c.swapped = time.Now()
+	for before := int64(-1); ; {
 		c.quiesce.Rounds++
 		if err := c.readRunning(ctx); err != nil {
 			return err
@@ -112,6 +109,7 @@ func (c *convergence) rounds(ctx context.Context) error {
 				return err
 			}
 		}
+		opened := c.swapped // also where it was a pause in vain that swapped last
 		if err := c.advanceAll(ctx); err != nil {
 			return err
 		}
@@ -119,13 +117,13 @@ func (c *convergence) rounds(ctx context.Context) error {
 		if left == 0 {
 			// Nothing was submitted or completed between the swaps: what was
 			// read after the first of them is the disk at any moment in between.
-			c.instant, c.consistency, c.quiesce.Method = before.swapped, store.Crash, "quiet"
+			c.instant, c.consistency, c.quiesce.Method = opened, store.Crash, "quiet"
 			return nil
 		}
-		if before.left >= 0 && left > before.left*7/10 {
+		if before >= 0 && left > before*7/10 {
 			stalled++
 		}
-		before = round{left, c.swapped}
+		before = left
 		last := c.quiesce.Rounds >= maxRounds || stalled >= 2
 		if c.pauser == nil {
 			if last {

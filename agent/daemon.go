@@ -21,8 +21,10 @@ type Agent struct {
 	Config Config
 	Repo   *store.Repo
 	Source func(ctx context.Context, path string) (cbt.Source, error)
-	Tool   string
-	Log    *slog.Logger
+	// Auditor is as Source, for audits.
+	Auditor func(ctx context.Context, path string) (cbt.Auditor, error)
+	Tool    string
+	Log     *slog.Logger
 
 	// Collectors are further sources of metrics.
 	Collectors []prometheus.Collector
@@ -82,6 +84,10 @@ func (a *Agent) follow(ctx context.Context, vm VMConfig, m *metrics, turn chan s
 	}
 	log := a.Log.With("vm", vm.Name)
 	m.failed.WithLabelValues(vm.Name).Add(0) // so that the series exists from the start
+	audits, err := a.schedule(vm, m, log)
+	if err != nil {
+		return err
+	}
 	for {
 		next := time.Now().Add(vm.Every)
 		select {
@@ -113,6 +119,9 @@ func (a *Agent) follow(ctx context.Context, vm VMConfig, m *metrics, turn chan s
 					log.Warn("the whole disk was compared", "disk", d.Source, "reasons", d.Tracking.Reasons)
 				}
 			}
+		}
+		if err := audits.run(ctx, next); err != nil {
+			return err
 		}
 		if err := sleep(ctx, time.Until(next)); err != nil {
 			return err

@@ -8,6 +8,7 @@ import (
 
 func FuzzParseConfig(f *testing.F) {
 	f.Add([]byte("repository: /r\nvms:\n  - name: a\n    disks: [/dev/x]\n    every: 5m\n"))
+	f.Add([]byte("repository: /r\nvms:\n  - name: a\n    disks: [/dev/x]\n    every: 5m\n    audit: {every: 24h, fraction: 1%, rate: 20MiB}\n"))
 	f.Add([]byte("repository: [\n"))
 	f.Add([]byte("a: &a [*a]\n"))
 	f.Fuzz(func(t *testing.T, b []byte) {

@@ -17,6 +17,9 @@ type metrics struct {
 	took, paused                   *prometheus.HistogramVec
 	changed, read, stored, unknown *prometheus.CounterVec
 	failed                         *prometheus.CounterVec
+
+	audited                   *prometheus.GaugeVec
+	auditGranules, mismatches *prometheus.CounterVec
 }
 
 func newMetrics() *metrics {
@@ -48,6 +51,9 @@ func newMetrics() *metrics {
 	m.stored = counter("stored_bytes_total", "Written to the repository.")
 	m.unknown = counter("compared_total", "Backups that had to compare a whole disk because tracking could not be proven complete.")
 	m.failed = counter("backup_failures_total", "Backups that made no restore point.")
+	m.audited = gauge("audit_last_timestamp_seconds", "When the last audit ended that could compare all disks with their last point, whatever it found.")
+	m.auditGranules = counter("audit_granules_total", "Unchanged granules that audits found as they are in the last point.")
+	m.mismatches = counter("audit_mismatches_total", "Granules that audits found to have changed without a record. More than 0 is an alarm.")
 	return m
 }
 
@@ -64,6 +70,17 @@ func (m *metrics) success(vm string, r Result) {
 		if d.Tracking.Mode == "compare" {
 			m.unknown.WithLabelValues(vm).Inc()
 		}
+	}
+}
+
+// audit counts what an audit found; ok if it could be made.
+func (m *metrics) audit(vm string, r AuditResult, ok bool) {
+	for _, d := range r.Disks {
+		m.auditGranules.WithLabelValues(vm).Add(float64(d.Good))
+		m.mismatches.WithLabelValues(vm).Add(float64(d.Mismatched))
+	}
+	if ok {
+		m.audited.WithLabelValues(vm).SetToCurrentTime()
 	}
 }
 

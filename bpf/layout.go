@@ -70,7 +70,8 @@ const (
 	BrokenBlind                         // the programs see nothing
 )
 
-// Taint says why an epoch's bitmap may lack a write: bits set by the programs.
+// Taint says why an epoch's bitmap may lack a write: bits set while it is open, by the programs but
+// for TaintAudit.
 type Taint uint64
 
 // Bits of Taint.
@@ -82,6 +83,9 @@ const (
 	TaintOpcode
 	TaintDiscards
 	TaintUnseen
+
+	// TaintAudit is set by userspace, see [Registration.Taint].
+	TaintAudit Taint = 1 << 30
 )
 
 // Loss says why an epoch's bitmap may lack a write: found when it was closed.
@@ -107,6 +111,7 @@ var taintText = map[Taint]string{
 	TaintOpcode:      "an operation whose range is not known (zone append or reset)",
 	TaintDiscards:    "a request with too many discards",
 	TaintUnseen:      "a write completed that began before tracking did, or was passed on by another device",
+	TaintAudit:       "an audit found a change that was not recorded",
 }
 
 var lossText = map[Loss]string{

@@ -32,6 +32,7 @@
 #define TAINT_OPCODE (1 << 4)	   // an operation of unknown range (zone reset, append)
 #define TAINT_DISCARDS (1 << 5)	   // a request with too many discards
 #define TAINT_UNSEEN (1 << 6)	   // a bio completed whose submission was not seen
+#define TAINT_AUDIT (1 << 30)	   // set by userspace: an audit found a change without a mark
 
 // Words of the host map.
 #define HOST_WORDS 8

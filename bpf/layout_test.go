@@ -30,6 +30,7 @@ func TestLayoutMatchesHeader(t *testing.T) {
 		"HOST_NO_EPOCH": hostNoEpoch, "HOST_PASSTHROUGH": hostPassthrough,
 		"TAINT_RANGE": uint64(TaintRange), "TAINT_BITMAP": uint64(TaintBitmap), "TAINT_INFLIGHT": uint64(TaintInflight),
 		"TAINT_PASSTHROUGH": uint64(TaintPassthrough), "TAINT_OPCODE": uint64(TaintOpcode), "TAINT_DISCARDS": uint64(TaintDiscards), "TAINT_UNSEEN": uint64(TaintUnseen),
+		"TAINT_AUDIT": uint64(TaintAudit),
 	} {
 		if got, ok := header[name]; !ok || got != want {
 			t.Errorf("%s is %d in layout.h, %d in layout.go", name, got, want)

@@ -415,54 +415,75 @@ func (r *Registration) Swap() (*Epoch, error) {
 // finish writes down what was lost while e was open. It may come late: then it
 // blames e for losses after its end too, never for less than its own.
 func (r *Registration) finish(e *Epoch) error {
-	missed, err := r.t.Misses()
+	so, err := r.soFar(e)
 	if err != nil {
 		return err
 	}
 	w := e.mem.words
-	var loss Loss
+	copy(w[hdrMissed:], so.missed[:])
+	w[hdrSectors], w[hdrLanded], w[hdrKernel] = so.sectors, so.landed, so.kernel
+	if !so.counting {
+		w[hdrCounting] = 0
+	}
+	w[hdrLoss] |= uint64(so.loss)
+	w[hdrClosedAt] = uint64(time.Now().UnixNano())
+	w[hdrClosed] = 1
+	return nil
+}
+
+// soFar is what happened since an epoch was opened.
+type soFar struct {
+	loss                    Loss
+	missed                  Misses
+	sectors, landed, kernel uint64
+	counting                bool // kernel is known
+}
+
+// soFar looks at e, which was not closed yet.
+func (r *Registration) soFar(e *Epoch) (so soFar, err error) {
+	if so.missed, err = r.t.Misses(); err != nil {
+		return so, err
+	}
 	for p := range programs {
 		least := ^uint64(0)
 		for i := p * copies; i < (p+1)*copies; i++ {
-			w[hdrMissed+i] = missed[i] - w[hdrMissBase+i]
-			least = min(least, w[hdrMissed+i])
+			so.missed[i] -= e.hdr(hdrMissBase + i)
+			least = min(least, so.missed[i])
 		}
 		if least > 0 {
-			loss |= LossMissed
+			so.loss |= LossMissed
 		}
 	}
-	if !r.t.intact() || w[hdrInstance] != r.t.instance {
-		loss |= LossDetached
+	if !r.t.intact() || e.hdr(hdrInstance) != r.t.instance {
+		so.loss |= LossDetached
 	}
-	if r.t.hostMap.words[hostNoEpoch] != w[hdrHostBase] {
-		loss |= LossHost
+	if r.t.hostMap.words[hostNoEpoch] != e.hdr(hdrHostBase) {
+		so.loss |= LossHost
 	}
-	if r.t.hostMap.words[hostPassthrough] != w[hdrHostBase+1] {
-		loss |= LossPassthrough
+	if r.t.hostMap.words[hostPassthrough] != e.hdr(hdrHostBase+1) {
+		so.loss |= LossPassthrough
 	}
 	now, err := r.dev.again()
 	if err != nil || now.own() != r.dev.own() {
-		loss |= LossReplaced
+		so.loss |= LossReplaced
 	} else {
-		loss |= e.changed(now)
+		so.loss |= e.changed(now)
 	}
 	kernel, counting := r.dev.kernelSectors()
 	counts, err := r.t.counts(r.slot)
 	if err != nil {
-		return err
+		return so, err
 	}
-	w[hdrSectors] = counts.SubmitSectors - w[hdrSectors]
-	w[hdrLanded] = counts.CompleteSectors - w[hdrLanded]
-	if w[hdrKernel] = kernel - w[hdrKernel]; !counting {
-		w[hdrKernel], w[hdrCounting] = 0, 0
+	so.sectors = counts.SubmitSectors - e.hdr(hdrSectors)
+	so.landed = counts.CompleteSectors - e.hdr(hdrLanded)
+	if so.counting = counting && e.hdr(hdrCounting) == 1; !so.counting {
+		return so, nil
 	}
-	if w[hdrCounting] == 1 && countedAll(w[hdrMissed:]) && uncounted(w[hdrKernel], w[hdrSectors], w[hdrLanded], runtime.NumCPU()) {
-		loss |= LossUncounted
+	so.kernel = kernel - e.hdr(hdrKernel)
+	if countedAll(so.missed[:]) && uncounted(so.kernel, so.sectors, so.landed, runtime.NumCPU()) {
+		so.loss |= LossUncounted
 	}
-	w[hdrLoss] |= uint64(loss)
-	w[hdrClosedAt] = uint64(time.Now().UnixNano())
-	w[hdrClosed] = 1
-	return nil
+	return so, nil
 }
 
 // maxRetained bounds the memory of backups that fail again and again.

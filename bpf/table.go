@@ -19,12 +19,6 @@ func mapTable(m *ebpf.Map) (table, error) {
 	return table{mem}, err
 }
 
-func (t table) close() {
-	if t.mem != nil {
-		t.mem.close()
-	}
-}
-
 // place is one entry: what is tracked, and where.
 type place struct {
 	key, own    uint32

@@ -68,6 +68,15 @@ func (b Bitmap) Or(words []uint64) {
 	}
 }
 
+// count is the number of bits that are set.
+func (b Bitmap) count() uint64 {
+	var n int
+	for _, w := range b.Words {
+		n += bits.OnesCount64(w)
+	}
+	return uint64(n)
+}
+
 // runs yields maximal runs of set bits as granules [from, to).
 func (b Bitmap) runs() iter.Seq2[uint64, uint64] {
 	return func(yield func(from, to uint64) bool) {

@@ -80,4 +80,5 @@ type Evidence struct {
 	Programs    []string  `json:"programs,omitempty"`     // in the order of LeastMisses
 	LinkIDs     []uint32  `json:"link_ids,omitempty"`     // of each program and copy
 	LeastMisses []uint64  `json:"least_misses,omitempty"` // per program, the copy that missed least: all 0 or the epoch is unknown
+	Missed      []uint64  `json:"missed,omitempty"`       // of an audit: per program and copy, in the current epoch
 }

@@ -215,7 +215,11 @@ func (v *Evidence) add(e *bpf.Epoch) {
 	v.Dirty += e.Dirty()
 	v.Sectors += e.Sectors()
 	v.Landed += e.Landed()
-	missed := e.Missed()
+	v.addMisses(e.Missed())
+}
+
+// addMisses adds, per program, what the copy that missed least has missed.
+func (v *Evidence) addMisses(missed bpf.Misses) {
 	programs := bpf.ProgramNames()
 	if v.LeastMisses == nil {
 		v.LeastMisses = make([]uint64, len(programs))

@@ -10,6 +10,11 @@ import (
 // simdLen is what one step of the hash takes at best, in bytes.
 const simdLen = guts.MaxSIMD * guts.ChunkSize
 
+// HashGrain returns the hash that the [Ref] of a grain with this content has. p has the
+// disk's grain in bytes: the last one of a disk is filled up with zeroes. A grain of
+// zeroes has a hash too, but is stored as the zero Ref.
+func HashGrain(p []byte) Hash { return sum(p) }
+
 // sum returns the BLAKE3-256 hash of p.
 //
 // The library's Sum256 makes many small goroutines for a grain and leaves the last

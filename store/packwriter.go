@@ -16,6 +16,10 @@ const maxUploads = 2
 // (52 bytes each) stays cheap to fetch for one grain.
 const maxFill = 1 << 14
 
+// packSlack is room for the record that fills a large pack up, and for its index, in bytes. A
+// pack that needs more grows.
+const packSlack = 2 << 20
+
 // locker is a mutex whose waiters can be cancelled.
 type locker chan struct{}
 
@@ -127,7 +131,9 @@ func (w *packWriter) buffer() []byte {
 		w.bufs = w.bufs[:n-1]
 		return b
 	}
-	return nil
+	// All of it at once: growing would copy what is in it again and again, and pages that
+	// are never filled cost nothing.
+	return make([]byte, 0, w.target+min(w.target, packSlack))
 }
 
 // seal uploads the current pack once there is room. The caller holds fill.

@@ -1,7 +1,8 @@
 #!/bin/sh
-# deps.sh build|run...: installs the Debian packages that building the BPF object and
-# linting (build), or the tests and the demo (run) need. Does nothing where all
-# are there; says what is missing where it may not install.
+# deps.sh build|run|model|bench...: installs the Debian packages that building the BPF object and
+# linting (build), the tests and the demo (run), the model of the epoch protocol (model), or the
+# benchmarks' competitors (bench) need. Does nothing where all are there; says what is missing
+# where it may not install.
 set -eu
 
 want=
@@ -9,7 +10,9 @@ for what in "$@"; do
   case $what in
     build) want="$want clang-14 llvm-14 libbpf-dev gcc libc6-dev git" ;;
     run) want="$want qemu-system-x86 qemu-utils nbdkit libnbd-bin python3-libnbd nbd-client fio fuse3 busybox-static cpio kmod xz-utils dmsetup mdadm fdisk util-linux mount e2fsprogs" ;;
-    *) echo "usage: $0 build|run..." >&2; exit 2 ;;
+    model) want="$want spin gcc libc6-dev" ;;
+    bench) want="$want restic borgbackup" ;;
+    *) echo "usage: $0 build|run|model|bench..." >&2; exit 2 ;;
   esac
 done
 

@@ -32,7 +32,15 @@ The configuration is YAML:
       disks: [/dev/vg0/web1]
       every: 5m
       quiesce: auto           # as for backup
-      pause_budget: 100ms`,
+      pause_budget: 100ms
+      audit:                  # as tidemark audit does; leave it out for none
+        every: 24h
+        fraction: 1%          # of the unchanged granules, but at least 256
+        rate: 20MiB           # per second; leave it out for no limit
+        evidence: /var/lib/tidemark/audit
+
+An audit runs after a backup and ends when the VM's next one is due, but has 30 s at
+least. What it finds is logged as an error, and counted in tidemark_audit_mismatches_total.`,
 		Example: "  tidemark agent --config /etc/tidemark.yaml",
 		Args:    args(0, 0),
 		RunE: func(c *cobra.Command, _ []string) (err error) {
@@ -65,7 +73,7 @@ The configuration is YAML:
 				log = slog.New(slog.NewJSONHandler(out, nil))
 			}
 			a := &agent.Agent{
-				Config: cfg, Repo: repo, Source: src.open, Tool: toolName(), Log: log,
+				Config: cfg, Repo: repo, Source: src.open, Auditor: src.adopt, Tool: toolName(), Log: log,
 				Collectors: []prometheus.Collector{trackerMetrics{g.pins}},
 				Ready:      func(addr net.Addr) { log.Info("serving metrics", "address", addr.String()) },
 			}

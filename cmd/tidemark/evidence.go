@@ -46,10 +46,10 @@ func diskEvidence(b *strings.Builder, d store.Disk) error {
 		fmt.Fprintf(b, "    %-16s %s\n", what, fmt.Sprintf(format, args...))
 	}
 	fmt.Fprintf(b, "  %s  %s  %s\n", d.Name, d.Source, d.Tracking.Mode)
-	switch {
-	case d.Tracking.Mode == "tracked":
+	switch d.Tracking.Mode {
+	case "tracked":
 		line("verdict", "tracking was complete: no write was missed")
-	case d.Tracking.Mode == "compare":
+	case "compare":
 		line("verdict", "tracking could not be proven complete: the whole disk was compared")
 	default:
 		line("verdict", "the whole disk was read")

@@ -7,6 +7,7 @@ import (
 
 	"github.com/tidemark/tidemark/agent"
 	"github.com/tidemark/tidemark/bpf"
+	"github.com/tidemark/tidemark/cbt"
 	"github.com/tidemark/tidemark/store"
 )
 
@@ -18,6 +19,8 @@ const (
 	exitUnsupported = 3   // this host, or this user, can't
 	exitBusy        = 4   // another tidemark process is at it: try again
 	exitCorrupt     = 5   // damage was found
+	exitUnrecorded  = 6   // an audit found a change that was not recorded
+	exitNoAudit     = 7   // there is nothing an audit could compare with
 	exitInterrupted = 130 // by a signal
 )
 
@@ -34,6 +37,8 @@ func exitCode(ctx context.Context, err error) int {
 	switch {
 	case err == nil:
 		return exitOK
+	case errors.Is(err, agent.ErrUnrecorded):
+		return exitUnrecorded // whatever else went wrong
 	case errors.As(err, &usage), errors.Is(err, agent.ErrQuiesceSyntax), errors.Is(err, agent.ErrConfig):
 		return exitUsage
 	case errors.Is(err, bpf.ErrPermission), errors.Is(err, bpf.ErrNoBTF), errors.Is(err, bpf.ErrOldKernel), errors.Is(err, bpf.ErrUntrackable):
@@ -44,6 +49,8 @@ func exitCode(ctx context.Context, err error) int {
 		return exitCorrupt
 	case ctx.Err() != nil && errors.Is(err, context.Canceled):
 		return exitInterrupted
+	case errors.Is(err, agent.ErrNotAuditable), errors.Is(err, cbt.ErrUnproven):
+		return exitNoAudit
 	}
 	return exitFailed
 }
@@ -54,6 +61,9 @@ func message(err error) string {
 		err  error
 		hint string
 	}{
+		{agent.ErrUnrecorded, "make a backup now: it compares the whole disk. Keep the evidence. Does something write below the device, or from another host? If not, this is a bug of the worst kind: report it"},
+		{agent.ErrNotAuditable, "`tidemark backup` makes a point that an audit can be held against"},
+		{cbt.ErrUnproven, "so nothing was compared: the next `tidemark backup` reads the whole disk, and after it an audit is possible again"},
 		{bpf.ErrPermission, "run it as root, or with sudo"},
 		{bpf.ErrNoBTF, "run `tidemark doctor` to see what this kernel can do"},
 		{bpf.ErrOldKernel, "run `tidemark doctor` to see what this kernel can do"},

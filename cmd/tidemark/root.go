@@ -58,7 +58,7 @@ mounted, exported over NBD and booted at once.`,
 			root.AddCommand(c)
 		}
 	}
-	add("backup", newInit(g), newBackup(g), newAgent(g))
+	add("backup", newInit(g), newBackup(g), newAudit(g), newAgent(g))
 	add("use", newPoints(g), newMount(g), newExport(g), newRestore(g), newVerify(g))
 	add("host", newDoctor(g), newTrack(g), newUntrack(g), newSuspend(g), newStatus(g), newHeat(g))
 	root.AddCommand(newVersion(g), newWatchdog(), newExitCodes())
@@ -122,6 +122,8 @@ func newExitCodes() *cobra.Command {
     3   this host or user can't do it (not root, no BTF, a device that can't be tracked)
     4   another tidemark process is at it; try again
     5   damage was found in the repository
+    6   ALARM: an audit found a change that the tracker had not recorded
+    7   an audit had nothing to compare with: no point, or no tracking that goes on from it
   130   interrupted by a signal`,
 	}
 }

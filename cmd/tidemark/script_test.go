@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -36,7 +37,7 @@ func TestScripts(t *testing.T) {
 			e.Setenv("PINS", fmt.Sprintf("/sys/fs/bpf/tidemark-script-%d-%s", os.Getpid(), filepath.Base(e.WorkDir)))
 			return nil
 		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"loop": loop, "write": write},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"loop": loop, "write": write, "forge": forge},
 	})
 }
 
@@ -53,6 +54,7 @@ func loop(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	dev := strings.TrimSpace(string(out))
 	ts.Setenv(args[0], dev)
+	ts.Setenv("FILE"+filepath.Base(dev), file)
 	pins := ts.Getenv("PINS")
 	ts.Defer(func() {
 		_ = exec.Command("losetup", "-d", dev).Run()
@@ -75,4 +77,20 @@ func write(ts *testscript.TestScript, neg bool, args []string) {
 	defer func() { _ = f.Close() }()
 	_, err = f.WriteAt([]byte(args[1]), 0)
 	ts.Check(err)
+}
+
+// forge DEV OFFSET TEXT writes to the file below a loop device, where the tracker can't see it.
+func forge(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 3 {
+		ts.Fatalf("usage: forge DEV OFFSET TEXT")
+	}
+	off, err := strconv.ParseInt(args[1], 10, 64)
+	ts.Check(err)
+	f, err := os.OpenFile(ts.Getenv("FILE"+filepath.Base(args[0])), os.O_WRONLY|os.O_SYNC, 0)
+	ts.Check(err)
+	defer func() { _ = f.Close() }()
+	_, err = f.WriteAt([]byte(args[2]), off)
+	ts.Check(err)
+	// Else readers of the device may be given what lies in its page cache.
+	ts.Check(exec.Command("blockdev", "--flushbufs", args[0]).Run())
 }

@@ -76,6 +76,22 @@ func (s sources) track(path string) (*tracked, error) {
 	return &tracked{t, tracker}, nil
 }
 
+// adopt is what package agent calls for audits: it takes what is tracked as it is.
+func (s sources) adopt(_ context.Context, path string) (cbt.Auditor, error) {
+	tracker, err := bpf.Open(bpf.Options{Dir: s.pins, AdoptOnly: true})
+	if errors.Is(err, bpf.ErrNotAttached) {
+		err = fmt.Errorf("%s: %w: %w", path, cbt.ErrUnproven, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	t, err := cbt.Adopt(tracker, path)
+	if err != nil {
+		return nil, errors.Join(err, tracker.Close())
+	}
+	return &tracked{t, tracker}, nil
+}
+
 // check finds out whether writes can be tracked here at all.
 func (s sources) check() error {
 	tracker, err := bpf.Open(bpf.Options{Dir: s.pins})

@@ -40,7 +40,12 @@ func (d *Dir) Lock(ctx context.Context, name string) (unlock func() error, err e
 	if f.Truncate(0) == nil {
 		_, _ = fmt.Fprintf(f, "%d\n", os.Getpid())
 	}
-	return f.Close, nil
+	return func() error {
+		// Closing is not enough: a process that is being started in this moment holds a copy of
+		// the descriptor until it executes its program, and the lock with it.
+		_, err := again(func() (int, error) { return 0, unix.Flock(fd, unix.LOCK_UN) })
+		return errors.Join(err, f.Close())
+	}, nil
 }
 
 func holder(p string) string {

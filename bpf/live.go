@@ -1,0 +1,48 @@
+package bpf
+
+import (
+	"slices"
+	"sync/atomic"
+)
+
+// Live is what can be said of the current epoch while it is open.
+type Live struct {
+	Bitmap []uint64 // a copy; bits only ever come in until the epoch is closed
+	Taint  Taint
+	Loss   Loss   // so far, as all below
+	Missed Misses // per program and copy
+
+	Sectors, Landed uint64 // submitted and completed, 512 bytes each
+	Kernel          uint64 // counted by the kernel's own statistics
+	Counting        bool   // Kernel is known
+}
+
+// Live looks at the current epoch without closing it. The bitmap is copied before
+// taints and losses are read: they hold for all that it shows.
+func (r *Registration) Live() (Live, error) {
+	l := Live{Bitmap: slices.Clone(r.current.Bitmap())}
+	l.Taint = Taint(atomic.LoadUint64(&r.current.mem.words[hdrTaint]))
+	so, err := r.soFar(r.current)
+	l.Loss, l.Missed = so.loss, so.missed
+	l.Sectors, l.Landed, l.Kernel, l.Counting = so.sectors, so.landed, so.kernel, so.counting
+	return l, err
+}
+
+// Marked tells whether one of the granules [first, last] is marked in the current
+// epoch. Unlike other methods it may be called concurrently, but not
+// beside Swap or Close.
+func (r *Registration) Marked(first, last uint64) bool {
+	words := r.current.Bitmap()
+	for g := first; g <= last; g++ {
+		if g/64 >= uint64(len(words)) || atomic.LoadUint64(&words[g/64])>>(g%64)&1 != 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// Taint makes the current epoch unknown, also for other processes and later ones:
+// the epoch's header is shared memory, and the programs set bits in it too.
+func (r *Registration) Taint(why Taint) {
+	atomic.OrUint64(&r.current.mem.words[hdrTaint], uint64(why))
+}

@@ -1,0 +1,54 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+)
+
+// errDiffers is wrapped when a backup does not give back what is on the device.
+var errDiffers = errors.New("it is not what is on the device")
+
+// same compares all that r gives with all that is in the file or device at path.
+func same(path string, r io.Reader) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = f.Close() }()
+	a, b := make([]byte, 1<<20), make([]byte, 1<<20)
+	for off := int64(0); ; {
+		n, errA := io.ReadFull(f, a)
+		m, errB := io.ReadFull(r, b)
+		for _, err := range []error{errA, errB} {
+			if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+				return err
+			}
+		}
+		if i := differ(a[:n], b[:m]); i >= 0 {
+			return fmt.Errorf("%w: byte %d is another one", errDiffers, off+int64(i))
+		}
+		if n != m {
+			return fmt.Errorf("%w: one ends at byte %d, the other does not", errDiffers, off+int64(min(n, m)))
+		}
+		off += int64(n)
+		if errA != nil {
+			return nil // both have ended: they were equally long
+		}
+	}
+}
+
+// differ is the first index, of those that both have, at which a and b differ, or -1.
+func differ(a, b []byte) int {
+	n := min(len(a), len(b))
+	if bytes.Equal(a[:n], b[:n]) {
+		return -1
+	}
+	i := 0
+	for a[i] == b[i] {
+		i++
+	}
+	return i
+}
