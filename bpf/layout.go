@@ -56,6 +56,7 @@ const (
 	hostNoEpoch     = 0
 	hostPassthrough = 1
 	hostWriters     = 2
+	hostNVMeOps     = 4 // and 3 more
 )
 
 // Broken makes a tracker that loses writes, so that a test can see that it would

@@ -39,6 +39,7 @@
 #define HOST_NO_EPOCH 0	   // a registered device had no epoch
 #define HOST_PASSTHROUGH 1 // passthrough on a queue without a disk
 #define HOST_WRITERS 2	   // writers that the table had no room for
+#define HOST_NVME_OPS 4	   // to 7: what userspace found to be the operations of NVMe admin queues
 
 // Ways to break the tracker on purpose, so that tests can see it lose writes.
 #define BROKEN_NO_SUBMIT (1 << 0)   // submissions don't mark

@@ -98,6 +98,11 @@ func (t *Tracker) register(dev Device, shift uint, saved *Saved) (*Registration,
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return nil, err
 	}
+	if strings.HasPrefix(dev.Name, "nvme") {
+		if err := t.watchNVMe(); err != nil {
+			return nil, err
+		}
+	}
 	r := &Registration{t: t, dev: dev, slot: slot, id: [2]uint64{random64(), random64()}}
 	if r.lock, err = lockDir(dir, unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil, fmt.Errorf("%s: %w", dev.Path, err)

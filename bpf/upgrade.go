@@ -78,6 +78,7 @@ func (t *Tracker) step(name string) {
 // takeOver makes the devices of old t's too, each with the epoch after old's current one.
 // It says which devices can't be taken over.
 func (t *Tracker) takeOver(old *Tracker) (begun []*Epoch, lost []string, err error) {
+	copy(t.hostMap.words[hostNVMeOps:hostWords], old.hostMap.words[hostNVMeOps:hostWords])
 	var regs []*Registration
 	defer func() {
 		for _, r := range regs {
