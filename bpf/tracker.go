@@ -120,7 +120,11 @@ func Open(o Options) (*Tracker, error) {
 	t := newTracker(o, 0)
 	err = t.adopt()
 	if err == nil {
-		if t.object == objectHash(o) || o.AdoptOnly {
+		if t.object == objectHash(o) {
+			return t, nil
+		}
+		if o.AdoptOnly {
+			t.outdated = "the tracker's programs are of another version: the next backup replaces them"
 			return t, nil
 		}
 		return t.upgrade()

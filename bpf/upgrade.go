@@ -69,6 +69,10 @@ func (t *Tracker) upgrade() (*Tracker, error) {
 	return next, nil
 }
 
+// Marked tells whether it was these programs that marked in e, and not those of a version
+// before.
+func (t *Tracker) Marked(e *Epoch) bool { return e.hdr(hdrInstance) == t.instance }
+
 func (t *Tracker) step(name string) {
 	if t.options.Step != nil {
 		t.options.Step(name)

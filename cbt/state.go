@@ -83,20 +83,12 @@ func (v State) Save(tracker *bpf.Tracker, path string) (err error) {
 	if err := unused(claim); err != nil {
 		return err
 	}
-	wasReadOnly, err := claim.ReadOnly()
-	if err != nil {
-		return err
-	}
-	if err := claim.SetReadOnly(true); err != nil {
+	if err := v.lockOut(tracker, id, claim); err != nil {
 		return err
 	}
 	defer func() {
-		if err == nil {
-			return
-		}
-		err = errors.Join(err, v.remove(id))
-		if !wasReadOnly {
-			err = errors.Join(err, claim.SetReadOnly(false))
+		if err != nil {
+			err = errors.Join(err, v.remove(id), v.letIn(tracker, id, dev))
 		}
 	}()
 	// Whoever opened it in between.
@@ -110,7 +102,6 @@ func (v State) Save(tracker *bpf.Tracker, path string) (err error) {
 	if err != nil {
 		return err
 	}
-	state.ReadOnly = !wasReadOnly
 	if id, err = settled(dev); err != nil {
 		return err
 	}
@@ -130,6 +121,47 @@ func (v State) Save(tracker *bpf.Tracker, path string) (err error) {
 		return errors.New("somebody wrote to it meanwhile")
 	}
 	return nil
+}
+
+// lockOut makes the device read-only, unless it is. What remembers that comes first, in case
+// this process is killed.
+func (v State) lockOut(tracker *bpf.Tracker, id bpf.Identity, claim *bpf.Claim) error {
+	if ro, err := claim.ReadOnly(); ro || err != nil {
+		return err
+	}
+	boot, err := v.boot(tracker)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(v.Dir, 0o700); err != nil {
+		return err
+	}
+	if err := os.WriteFile(v.file(id)+".readonly", []byte(boot), 0o600); err != nil {
+		return err
+	}
+	return claim.SetReadOnly(true)
+}
+
+// letIn makes the device writable, if lockOut made it read-only in this boot.
+func (v State) letIn(tracker *bpf.Tracker, id bpf.Identity, dev bpf.Device) error {
+	file := v.file(id) + ".readonly"
+	b, err := os.ReadFile(file)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	boot, err := v.boot(tracker)
+	if err != nil {
+		return err
+	}
+	if string(b) == boot {
+		if err := dev.SetReadOnly(false); err != nil {
+			return err
+		}
+	}
+	return os.Remove(file)
 }
 
 func unused(claim *bpf.Claim) error {
@@ -249,12 +281,16 @@ func (v State) take(tracker *bpf.Tracker, dev bpf.Device) (*savedState, string, 
 	}
 	b, err := os.ReadFile(v.file(id))
 	if errors.Is(err, os.ErrNotExist) {
-		return nil, "", nil
+		return nil, "", v.letIn(tracker, id, dev)
 	}
 	if err != nil {
 		return nil, "", fmt.Errorf("a saved state that must be removed: %w", err)
 	}
+	// Only when no state is left, others may write.
 	if err := v.remove(id); err != nil {
+		return nil, "", err
+	}
+	if err := v.letIn(tracker, id, dev); err != nil {
 		return nil, "", err
 	}
 	state, err := decodeState(b)
@@ -266,11 +302,7 @@ func (v State) take(tracker *bpf.Tracker, dev bpf.Device) (*savedState, string, 
 		return nil, "", err
 	}
 	if state.Boot == boot {
-		// Its epochs are in the kernel still.
-		if state.ReadOnly {
-			err = dev.SetReadOnly(false)
-		}
-		return nil, "", err
+		return nil, "", nil // its epochs are in the kernel still
 	}
 	return state, "", nil
 }

@@ -117,7 +117,7 @@ func TestStateIsUsedOnceAfterACleanReboot(t *testing.T) {
 		_ = f.Close()
 	}
 	file := h.states(t)
-	if len(file) != 1 {
+	if len(file) != 2 || file[1] != file[0]+".readonly" {
 		t.Fatal(file)
 	}
 	copied, err := os.ReadFile(file[0])
@@ -154,6 +154,25 @@ func TestStateIsUsedOnceAfterACleanReboot(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantUnknown(t, changes(t, h.track(t, dev), d.ID), small, "the device was written to since")
+}
+
+// A process that dies while it saves leaves a device that can't be written to, and the next
+// one undoes that.
+func TestSavingIsKilled(t *testing.T) {
+	dev, h := loopDevice(t, small, ""), newHost(t)
+	id := h.begin(t, dev)
+	h.save(t, dev)
+	if err := os.Remove(h.states(t)[0]); err != nil { // as if it had not come so far
+		t.Fatal(err)
+	}
+	s := h.track(t, dev)
+	write(t, dev, 1<<20)
+	if d := changes(t, s, id); len(d.Unknown) > 0 || d.Extents.Bytes() != 64<<10 {
+		t.Errorf("%v, unknown because %v", d.Extents, d.Unknown)
+	}
+	if left := h.states(t); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
 }
 
 func TestStateIsDroppedWhenTheDeviceIsUsedAgain(t *testing.T) {

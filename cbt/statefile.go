@@ -26,11 +26,10 @@ const (
 
 // stateHeader is what the file says beside the bitmap.
 type stateHeader struct {
-	Device   string    `json:"device"`          // bpf.Identity.Name
-	Proof    string    `json:"proof,omitempty"` // bpf.Identity.Proof
-	ReadOnly bool      `json:"read_only"`       // saving made the device read-only
-	SavedAt  time.Time `json:"saved_at"`
-	Boot     string    `json:"boot"`
+	Device  string    `json:"device"`          // bpf.Identity.Name
+	Proof   string    `json:"proof,omitempty"` // bpf.Identity.Proof
+	SavedAt time.Time `json:"saved_at"`
+	Boot    string    `json:"boot"`
 
 	Registration string     `json:"registration"`
 	First        uint64     `json:"first_epoch"`

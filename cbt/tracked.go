@@ -125,6 +125,7 @@ func (s *Tracked) Changes(ctx context.Context, since ChangeID) (Delta, error) {
 	for _, e := range epochs {
 		d.Unknown = append(d.Unknown, judge(e)...)
 		d.Evidence.add(e)
+		d.Evidence.Earlier = d.Evidence.Earlier || !s.tracker.Marked(e)
 	}
 	if len(d.Unknown) > 0 {
 		d.Extents = Whole(closed.Size())

@@ -158,6 +158,9 @@ func TestUpgradeIsKilled(t *testing.T) {
 				if len(d.Unknown) > 0 || !slices.Equal(d.Extents, want) {
 					t.Errorf("got %v, unknown because %v", d.Extents, d.Unknown)
 				}
+				if next == "another" && !d.Evidence.Earlier {
+					t.Error("the evidence does not say that it rests on other programs too")
+				}
 				id = d.ID
 				if err := s.Commit(id); err != nil {
 					t.Error(err)

@@ -65,6 +65,15 @@ func (s sources) track(path string) (*tracked, error) {
 	if _, err := bpf.Lookup(path); err != nil {
 		return nil, err
 	}
+	t, err := s.trackOnce(path)
+	if errors.Is(err, bpf.ErrDetached) {
+		// Another process upgraded the tracker between two steps of this one.
+		t, err = s.trackOnce(path)
+	}
+	return t, err
+}
+
+func (s sources) trackOnce(path string) (*tracked, error) {
 	tracker, err := bpf.Open(bpf.Options{Dir: s.pins})
 	if err != nil {
 		return nil, err
@@ -224,9 +233,11 @@ func newStatus(g *globals) *cobra.Command {
 		Args:  args(0, 0),
 		RunE: func(c *cobra.Command, _ []string) (err error) {
 			rows := []trackedDevice{}
+			outdated := ""
 			tr, err := bpf.Open(bpf.Options{Dir: g.pins, AdoptOnly: true})
 			if err == nil {
 				defer func() { err = errors.Join(err, tr.Close()) }()
+				outdated = tr.Outdated()
 				all, err := tr.Status()
 				if err != nil {
 					return err
@@ -253,7 +264,11 @@ func newStatus(g *globals) *cobra.Command {
 				t.row(r.Device, size(r.Size), size(r.Granule), fmt.Sprint(r.Epoch), size(r.Dirty), fmt.Sprint(r.Writes),
 					size(int64(r.Bytes)), size(r.Memory), r.Since, state)
 			}
-			return t.flush()
+			if err := t.flush(); err != nil || outdated == "" {
+				return err
+			}
+			_, err = fmt.Fprintln(c.OutOrStdout(), outdated)
+			return err
 		},
 	}
 }

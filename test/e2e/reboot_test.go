@@ -40,8 +40,7 @@ echo "left: $(ls /repo/state | wc -l)"
 tidemark suspend /dev/vdc --state-dir /repo/state || exit 1
 sync`
 
-// The loop device gets the state of two boots ago, the host wrote to /dev/vdc's image, and
-// /dev/vda's state was never saved.
+// The disks get the states of two boots ago, but for /dev/vdc, to whose image the host wrote.
 const boot3 = rebootBegin + `cp -n /repo/copy/* /repo/state/
 for d in vda vdc loop0; do tm backup $d --disk /dev/$d; same $d /dev/$d || exit 1; done
 echo "left: $(ls /repo/state | wc -l)"`
