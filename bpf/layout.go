@@ -2,21 +2,22 @@ package bpf
 
 // The same numbers stand in layout.h; TestLayoutMatchesHeader compares them.
 const (
-	layoutVersion = 2
-	maxDevices    = 256
-	places        = 1024
-	probes        = 16
-	placeFree     = 0
-	placeGone     = 1
-	maxInflight   = 65536
-	maxDiscards   = 1024
-	maxWriters    = 8192
-	heatRegions   = 1024
-	copies        = 3
-	headerWords   = 64
-	hostWords     = 8
-	hdrTaint      = 0
-	hdrNumber     = hdrLast
+	layoutVersion  = 2
+	maxDevices     = 256
+	places         = 1024
+	probes         = 16
+	placeFree      = 0
+	placeGone      = 1
+	maxInflight    = 131072
+	inflightProbes = 8
+	maxDiscards    = 1024
+	maxWriters     = 8192
+	heatRegions    = 1024
+	copies         = 3
+	headerWords    = 64
+	hostWords      = 8
+	hdrTaint       = 0
+	hdrNumber      = hdrLast
 )
 
 // Words of an epoch's header that belong to userspace.

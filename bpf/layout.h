@@ -9,7 +9,8 @@
 #define MAX_DEVICES 256 // slots
 #define PLACES 1024	// of the devices table, a power of two
 #define PROBES 16	// places looked at for one disk
-#define MAX_INFLIGHT 65536
+#define MAX_INFLIGHT 131072 // a power of two
+#define INFLIGHT_PROBES 8
 #define MAX_DISCARDS 1024
 #define MAX_WRITERS 8192
 #define HEAT_REGIONS 1024 // per slot

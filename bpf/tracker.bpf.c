@@ -44,19 +44,67 @@ struct {
 } devices SEC(".maps");
 
 struct range {
+	__u64 bio; // 0: free
 	__u64 sector;
 	__u32 bytes;
 	__u32 dev;
 };
 
 // Writes in flight on bio-based devices, by bio pointer: when such a bio
-// completes, its own bi_iter no longer says where it wrote.
+// completes, its own bi_iter no longer says where it wrote. An array that is hashed by
+// hand, because the kernel's hash map cost more than all the rest together. An entry
+// lies in one of the INFLIGHT_PROBES places from the one that its bio hashes to. Only
+// taking a place needs an atomic: a bio completes after it was queued, and nobody
+// else looks for its entry.
 struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, MAX_INFLIGHT);
-	__type(key, __u64);
+	__type(key, __u32);
 	__type(value, struct range);
 } inflight SEC(".maps");
+
+static __always_inline __u32 inflight_place(__u64 bio, __u32 n)
+{
+	__u64 low;
+
+	// The verifier lets no arithmetic be done on a pointer, but a copy of half of it
+	// is a number.
+	asm volatile("r0 = %1\n\tw0 = w0\n\t%0 = r0" : "=r"(low) : "r"(bio) : "r0");
+	return (((__u32)low * 2654435761U >> 15) + n) & (MAX_INFLIGHT - 1);
+}
+
+// The entry of a bio, or NULL.
+static __always_inline struct range *landing(__u64 bio)
+{
+	for (__u32 n = 0; n < INFLIGHT_PROBES; n++) {
+		__u32 i = inflight_place(bio, n);
+		struct range *r = bpf_map_lookup_elem(&inflight, &i);
+
+		if (r && r->bio == bio)
+			return r;
+	}
+	return NULL;
+}
+
+// Remembers where a bio writes. False if there is no room.
+static __always_inline int take_off(__u64 bio, __u64 sector, __u32 bytes, __u32 dev)
+{
+	struct range *r = landing(bio); // another copy's, or one that was never given back
+
+	for (__u32 n = 0; n < INFLIGHT_PROBES && !r; n++) {
+		__u32 i = inflight_place(bio, n);
+
+		r = bpf_map_lookup_elem(&inflight, &i);
+		if (r && (r->bio || __sync_val_compare_and_swap(&r->bio, 0, bio)))
+			r = NULL;
+	}
+	if (!r)
+		return 0;
+	r->sector = sector;
+	r->bytes = bytes;
+	r->dev = dev;
+	return 1;
+}
 
 static __always_inline __u32 disk_key(struct gendisk *disk)
 {
@@ -275,19 +323,9 @@ static __always_inline int on_queue(struct bio *bio, __u32 copy)
 	// Also where it carries no data, such as a flush: that it has an entry tells at
 	// its completion that it was seen. A disk that only shares a place with a tracked
 	// one gets entries too, and gives them back.
-	if (!e.why && disk->fops->submit_bio) {
-		struct range r = {.sector = e.sector, .bytes = e.bytes, .dev = key}, *was;
-		__u64 ptr = (__u64)bio;
-
-		if (copy) {
-			was = bpf_map_lookup_elem(&inflight, &ptr);
-			if (was && was->sector == r.sector && was->bytes == r.bytes && was->dev == r.dev)
-				return 0;
-		}
-		if (bpf_map_update_elem(&inflight, &ptr, &r, BPF_ANY)) {
-			struct event full = {.kind = SUBMIT, .why = TAINT_INFLIGHT};
-			spread(&full, key);
-		}
+	if (!e.why && disk->fops->submit_bio && !take_off((__u64)bio, e.sector, e.bytes, key)) {
+		struct event full = {.kind = SUBMIT, .why = TAINT_INFLIGHT};
+		spread(&full, key);
 	}
 	return 0;
 }
@@ -359,12 +397,11 @@ static __always_inline int on_bio_complete(struct bio *bio, __u32 copy)
 	struct event e = {.kind = COMPLETE, .op = bio->bi_opf & REQ_OP_MASK};
 	struct range *r;
 	__u32 key;
-	__u64 ptr = (__u64)bio;
 
 	if (!op_writes(e.op) || sits_out(copy))
 		return 0;
 	key = disk_key(bio->bi_bdev->bd_disk);
-	r = bpf_map_lookup_elem(&inflight, &ptr);
+	r = landing((__u64)bio);
 	if (r) {
 		key = r->dev;
 		e.sector = r->sector;
@@ -385,7 +422,7 @@ static __always_inline int on_bio_complete(struct bio *bio, __u32 copy)
 	// The copies run in the order they were attached; the others need the entry
 	// until the last has seen it.
 	if (r && copy == (broken & BROKEN_ONE_COPY ? 0 : COPIES - 1))
-		bpf_map_delete_elem(&inflight, &ptr);
+		r->bio = 0;
 	return 0;
 }
 

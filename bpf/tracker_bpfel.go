@@ -46,6 +46,7 @@ type trackerDevice struct {
 
 type trackerRange struct {
 	_      structs.HostLayout
+	Bio    uint64
 	Sector uint64
 	Bytes  uint32
 	Dev    uint32

@@ -157,23 +157,26 @@ const drainLimit = 2 * time.Second
 
 // drain waits until the bios have completed that are in the table of writes in flight now.
 func (t *Tracker) drain(limit time.Duration) error {
-	// In one call for whole buckets: going from key to key starts over whenever the key is gone.
-	bios, ranges := make([]uint64, maxInflight), make([]trackerRange, maxInflight)
+	places, ranges := make([]uint32, maxInflight), make([]trackerRange, maxInflight)
 	var at ebpf.MapBatchCursor
-	n, err := t.maps.Inflight.BatchLookup(&at, bios, ranges, nil)
+	n, err := t.maps.Inflight.BatchLookup(&at, places, ranges, nil)
 	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return fmt.Errorf("writes in flight: %w", err)
 	}
-	waiting := map[uint64]trackerRange{}
-	for i, bio := range bios[:n] {
-		waiting[bio] = ranges[i]
+	waiting := map[uint32]trackerRange{}
+	for i, p := range places[:n] {
+		if ranges[i].Bio != 0 {
+			waiting[p] = ranges[i]
+		}
 	}
-	var r trackerRange
 	for end := time.Now().Add(limit); len(waiting) > 0 && time.Now().Before(end); time.Sleep(2 * time.Millisecond) {
-		for bio, was := range waiting {
-			err := t.maps.Inflight.Lookup(bio, &r)
-			if errors.Is(err, ebpf.ErrKeyNotExist) || err == nil && r != was {
-				delete(waiting, bio)
+		for p, was := range waiting {
+			var now trackerRange
+			if err := t.maps.Inflight.Lookup(p, &now); err != nil {
+				return fmt.Errorf("writes in flight: %w", err)
+			}
+			if now != was {
+				delete(waiting, p)
 			}
 		}
 	}
