@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0)
 //
 // What kernel and userspace must agree on; layout.go says the same in Go, and a
-// test compares the two. Any change raises LAYOUT_VERSION.
+// test compares the two. A change that either side would misread raises LAYOUT_VERSION, and so
+// does one after which older programs may not be believed: an upgrade goes on with
+// them as long as a device is in use.
 #pragma once
 
 #define LAYOUT_VERSION 2
