@@ -46,6 +46,8 @@ const (
 	hdrCounting = 46 // 1: hdrKernel is known
 	hdrTable    = 47 // hash of the device-mapper table
 	hdrStart    = 48 // of a partition, sectors
+	hdrSaved    = 49 // 0, or how an epoch of another boot is known to be complete: SavedProven, SavedTrusted
+	hdrSavedIn  = 50 // and 51: that boot
 )
 
 const headerMagic = 0x5449_4445_4550_0000 | layoutVersion // "TIDEP"
@@ -55,6 +57,7 @@ const (
 	hostNoEpoch     = 0
 	hostPassthrough = 1
 	hostWriters     = 2
+	hostNVMeOps     = 4 // and 3 more
 )
 
 // Broken makes a tracker that loses writes, so that a test can see that it would

@@ -27,7 +27,7 @@ type Registration struct {
 	dev      Device
 	slot     uint32
 	id       [2]uint64
-	lock     *os.File
+	lock     *dirLock
 	current  *Epoch
 	spare    *Epoch   // for the next swap, not pinned yet
 	retained []*Epoch // closed, ascending
@@ -71,6 +71,11 @@ func (e *Epoch) changed(now Device) Loss {
 // registration. Writes in flight need not be waited for: they are marked when they
 // complete, or, where a bio no longer tells where it wrote, taint the epoch.
 func (t *Tracker) Register(dev Device, shift uint) (*Registration, error) {
+	return t.register(dev, shift, nil)
+}
+
+// register continues what was saved, if it is not nil.
+func (t *Tracker) register(dev Device, shift uint, saved *Saved) (*Registration, error) {
 	if shift < MinGranuleShift || shift > MaxGranuleShift {
 		return nil, fmt.Errorf("granule of 2^%d bytes: must be 4 KiB to 1 MiB", shift)
 	}
@@ -79,7 +84,7 @@ func (t *Tracker) Register(dev Device, shift uint) (*Registration, error) {
 		return nil, err
 	}
 	defer func() { _ = lock.Close() }()
-	if !t.intact() {
+	if t.superseded() || !t.intact() {
 		return nil, ErrDetached
 	}
 	if _, _, ok := t.devices.find(dev.own()); ok {
@@ -93,6 +98,11 @@ func (t *Tracker) Register(dev Device, shift uint) (*Registration, error) {
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return nil, err
 	}
+	if strings.HasPrefix(dev.Name, "nvme") {
+		if err := t.watchNVMe(); err != nil {
+			return nil, err
+		}
+	}
 	r := &Registration{t: t, dev: dev, slot: slot, id: [2]uint64{random64(), random64()}}
 	if r.lock, err = lockDir(dir, unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil, fmt.Errorf("%s: %w", dev.Path, err)
@@ -102,7 +112,7 @@ func (t *Tracker) Register(dev Device, shift uint) (*Registration, error) {
 		_ = r.Close()
 		return nil, err
 	}
-	if err := r.install(shift); err != nil {
+	if err := r.install(shift, saved); err != nil {
 		_ = r.Close()
 		return nil, fmt.Errorf("register %s: %w", dev.Path, err)
 	}
@@ -113,7 +123,7 @@ func (t *Tracker) Register(dev Device, shift uint) (*Registration, error) {
 }
 
 // install gives r its first epoch and shows the device to the programs.
-func (r *Registration) install(shift uint) error {
+func (r *Registration) install(shift uint, saved *Saved) error {
 	if err := r.t.resetCounts(r.slot); err != nil {
 		return err
 	}
@@ -121,10 +131,16 @@ func (r *Registration) install(shift uint) error {
 		return err
 	}
 	var err error
-	if r.current, err = r.begin(shape{
-		n: 1, granules: uint64(r.dev.Size+(1<<shift)-1) >> shift, shift: shift, size: r.dev.Size, start: uint64(r.dev.Start) / 512,
+	s := shape{
+		n: 1, granules: granules(r.dev.Size, shift), shift: shift, size: r.dev.Size, start: uint64(r.dev.Start) / 512,
 		diskSeq: r.dev.DiskSeq, table: r.dev.Table, tracked: uint64(time.Now().UnixNano()),
-	}); err != nil {
+	}
+	if saved != nil {
+		if s.n, err = r.restore(s, saved); err != nil {
+			return err
+		}
+	}
+	if r.current, err = r.begin(s); err != nil {
 		return err
 	}
 	// Waits for a grace period, as insert wants it.
@@ -137,6 +153,8 @@ func (r *Registration) install(shift uint) error {
 		heatShift: heatShift(sectors), whole: !r.dev.Partition,
 	})
 }
+
+func granules(size int64, shift uint) uint64 { return uint64(size+(1<<shift)-1) >> shift }
 
 func (t *Tracker) freeSlot() (uint32, error) {
 	var used [maxDevices]bool
@@ -162,6 +180,9 @@ func (t *Tracker) Forget(dev Device) error {
 		return err
 	}
 	defer func() { _ = lock.Close() }()
+	if t.superseded() {
+		return ErrDetached
+	}
 	at, p, ok := t.devices.find(dev.own())
 	if !ok {
 		return nil
@@ -185,8 +206,17 @@ func (t *Tracker) Acquire(dev Device) (*Registration, error) {
 	}
 	r := &Registration{t: t, dev: dev, slot: p.slot}
 	var err error
-	if r.lock, err = lockDir(t.slotDir(p.slot), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	r.lock, err = lockDir(t.slotDir(p.slot), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("%s: %w: %w", dev.Path, ErrDamaged, err)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("%s: %w", dev.Path, err)
+	}
+	// An upgrade holds the lock that r has now: after it, r's maps are nobody's.
+	if t.superseded() {
+		_ = r.Close()
+		return nil, ErrDetached
 	}
 	if err := r.load(); err != nil {
 		_ = r.Close()
@@ -222,6 +252,8 @@ func (r *Registration) load() error {
 	if r.current == nil {
 		return errors.New("the current epoch is not pinned any more")
 	}
+	// Of a process that went on after all pins had been removed under it.
+	r.drop(func(e *Epoch) bool { return e.hdr(hdrID) != r.id[0] || e.hdr(hdrID+1) != r.id[1] })
 	// Pinned but never installed: the process died before the swap.
 	r.drop(func(e *Epoch) bool { return e.Last() > r.current.Last() })
 	// Merged into a newer one, which the process died too early to unpin.
@@ -341,7 +373,7 @@ func (r *Registration) begin(s shape) (*Epoch, error) {
 	if n, ok := r.dev.kernelSectors(); ok {
 		w[hdrKernel], w[hdrCounting] = n, 1
 	}
-	e.pin = filepath.Join(r.t.slotDir(r.slot), fmt.Sprintf("e%016x", s.n))
+	e.pin = filepath.Join(r.t.slotDir(r.slot), epochName(s.n))
 	if err := e.m.Pin(e.pin); err != nil {
 		e.close()
 		return nil, fmt.Errorf("pin epoch %d: %w", s.n, err)
@@ -435,7 +467,7 @@ func (r *Registration) soFar(e *Epoch) (so soFar, err error) {
 	if r.t.hostMap.words[hostPassthrough] != e.hdr(hdrHostBase+1) {
 		so.loss |= LossPassthrough
 	}
-	now, err := Lookup(r.dev.Path)
+	now, err := r.dev.again()
 	if err != nil || now.own() != r.dev.own() {
 		so.loss |= LossReplaced
 	} else {
@@ -485,6 +517,13 @@ func (r *Registration) Close() error {
 	r.t.mu.Lock()
 	delete(r.t.open, r)
 	r.t.mu.Unlock()
+	r.closeEpochs()
+	err := r.lock.Close()
+	r.lock = nil
+	return err
+}
+
+func (r *Registration) closeEpochs() {
 	for _, e := range r.retained {
 		e.close()
 	}
@@ -495,9 +534,6 @@ func (r *Registration) Close() error {
 		r.spare.close()
 	}
 	r.retained, r.current, r.spare = nil, nil, nil
-	err := r.lock.Close()
-	r.lock = nil
-	return err
 }
 
 // Unregister stops tracking and forgets the device's epochs. It closes r.
@@ -507,6 +543,10 @@ func (r *Registration) Unregister() error {
 		return err
 	}
 	defer func() { _ = lock.Close() }()
+	if r.t.superseded() {
+		// All pins were removed: what stands in their place now is not r's.
+		return errors.Join(ErrDetached, r.Close())
+	}
 	if at, _, ok := r.t.devices.find(r.dev.own()); ok {
 		r.t.devices.remove(at)
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/tidemark/tidemark/bpf"
 )
@@ -18,6 +19,7 @@ type Tracked struct {
 	tracker *bpf.Tracker
 	reg     *bpf.Registration
 	began   []string // why this registration is new, if it is
+	resumed bool     // from a saved state
 }
 
 var _ Source = (*Tracked)(nil)
@@ -27,7 +29,17 @@ var _ Source = (*Tracked)(nil)
 // tracker stays the caller's. Hold the device open meanwhile, so that it can't be
 // replaced. Errors wrap those of package bpf.
 func OpenTracked(tracker *bpf.Tracker, path string, shift uint) (*Tracked, error) {
+	return State{}.Open(tracker, path, shift)
+}
+
+// Open is OpenTracked, but where tracking would begin anew it goes on with the saved state of the
+// last boot, if that can be believed. Either way the saved state is gone then.
+func (v State) Open(tracker *bpf.Tracker, path string, shift uint) (*Tracked, error) {
 	dev, err := bpf.Lookup(path)
+	if err != nil {
+		return nil, err
+	}
+	state, unread, err := v.take(tracker, dev)
 	if err != nil {
 		return nil, err
 	}
@@ -39,20 +51,30 @@ func OpenTracked(tracker *bpf.Tracker, path string, shift uint) (*Tracked, error
 		if loss == 0 {
 			return s, nil
 		}
-		s.began = loss.Reasons()
+		s.began, state = loss.Reasons(), nil
 		err = s.reg.Unregister()
 	case errors.Is(err, bpf.ErrDamaged):
-		s.began = []string{err.Error()}
+		s.began, state = []string{err.Error()}, nil
 		err = tracker.Forget(dev)
 	case errors.Is(err, bpf.ErrNotRegistered):
 		s.began = []string{"tracking of this device had not begun"}
-		if why := tracker.Fresh(); why != "" {
-			s.began = append(s.began, why)
+		if why := tracker.Began(); why != "" {
+			s.began = append(s.began, "the tracker was attached anew "+tracker.Since().UTC().Format(time.RFC3339)+": "+why)
 		}
 		err = nil
 	}
 	if err != nil {
 		return nil, err
+	}
+	if state != nil {
+		if s.reg, err = v.resume(tracker, dev, state); err == nil {
+			s.began, s.resumed = nil, true
+			return s, nil
+		}
+		unread = err.Error()
+	}
+	if unread != "" {
+		s.began = append(s.began, "the state saved before the last start was not used: "+unread)
 	}
 	if s.reg, err = tracker.Register(dev, shift); err != nil {
 		return nil, err
@@ -62,6 +84,9 @@ func OpenTracked(tracker *bpf.Tracker, path string, shift uint) (*Tracked, error
 
 // Began says why tracking had to begin anew, or nothing if it was adopted.
 func (s *Tracked) Began() []string { return s.began }
+
+// Resumed says whether a saved state is continued.
+func (s *Tracked) Resumed() bool { return s.resumed }
 
 // Granule is the size of a granule in bytes.
 func (s *Tracked) Granule() int64 { return 1 << s.reg.GranuleShift() }
@@ -100,6 +125,7 @@ func (s *Tracked) Changes(ctx context.Context, since ChangeID) (Delta, error) {
 	for _, e := range epochs {
 		d.Unknown = append(d.Unknown, judge(e)...)
 		d.Evidence.add(e)
+		d.Evidence.Earlier = d.Evidence.Earlier || !s.tracker.Marked(e)
 	}
 	if len(d.Unknown) > 0 {
 		d.Extents = Whole(closed.Size())
@@ -181,6 +207,11 @@ func (v *Evidence) add(e *bpf.Epoch) {
 		*v.KernelSectors += kernel
 	default:
 		v.KernelSectors = nil
+	}
+	if trust, boot := e.Saved(); trust != 0 {
+		v.SavedState = "of boot " + boot + map[bpf.Trust]string{
+			bpf.SavedProven: ", untouched since by the times of its file", bpf.SavedTrusted: ", taken for untouched since, as told",
+		}[trust]
 	}
 	v.Dirty += e.Dirty()
 	v.Sectors += e.Sectors()
