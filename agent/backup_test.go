@@ -196,7 +196,7 @@ func TestUnknownEpochIsComparedAndSaysWhy(t *testing.T) {
 			}
 		}, "dropped tracing events"},
 		"detached": {func(t *testing.T, b *bench) {
-			if err := os.Remove(filepath.Join(b.pins, "link-bio_queue_2")); err != nil {
+			if err := os.Remove(filepath.Join(b.pins, "gen-1", "link-bio_queue_2")); err != nil {
 				t.Fatal(err)
 			}
 		}, "program bio_queue_2 was detached"},

@@ -17,6 +17,9 @@ type Config struct {
 	Listen     string        `yaml:"listen"` // HTTP address for metrics and health; empty: none
 	VMs        []VMConfig    `yaml:"vms"`
 	Retry      time.Duration `yaml:"retry"` // after a failed backup; the VM's interval if longer or 0
+	// TrustSavedState takes it for granted that no other system wrote to the disks between
+	// suspend and the next start.
+	TrustSavedState bool `yaml:"trust_saved_state"`
 }
 
 // VMConfig is one VM to back up.

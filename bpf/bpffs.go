@@ -14,7 +14,7 @@ const DefaultDir = "/sys/fs/bpf/tidemark"
 
 // openDir makes dir below a bpffs and returns it locked: the lock goes with
 // the descriptor. It mounts bpffs where the default place has none.
-func openDir(dir string) (*os.File, error) {
+func openDir(dir string) (*dirLock, error) {
 	parent := filepath.Dir(dir)
 	if !isBPFFS(parent) && parent == filepath.Dir(DefaultDir) {
 		if err := unix.Mount("bpf", parent, "bpf", 0, ""); err != nil {
@@ -30,7 +30,17 @@ func openDir(dir string) (*os.File, error) {
 	return lockDir(dir, unix.LOCK_EX)
 }
 
-func lockDir(dir string, how int) (*os.File, error) {
+// dirLock is a locked directory, or one that is just open.
+type dirLock struct{ f *os.File }
+
+// Close unlocks by word: a process that is just being started has the descriptor too, until it
+// executes its program.
+func (l *dirLock) Close() error {
+	_ = unix.Flock(int(l.f.Fd()), unix.LOCK_UN)
+	return l.f.Close()
+}
+
+func lockDir(dir string, how int) (*dirLock, error) {
 	f, err := os.Open(dir)
 	if err != nil {
 		return nil, err
@@ -48,7 +58,7 @@ func lockDir(dir string, how int) (*os.File, error) {
 		}
 		return nil, fmt.Errorf("lock %s: %w", dir, err)
 	}
-	return f, nil
+	return &dirLock{f}, nil
 }
 
 func isBPFFS(dir string) bool {
@@ -68,4 +78,31 @@ func clearDir(dir string) error {
 		}
 	}
 	return nil
+}
+
+// slotLocks are the locks of all slots of a tracker.
+type slotLocks []*dirLock
+
+// lockSlots takes hold of every device, or fails with ErrBusy. What it took belongs to the
+// caller in either case.
+func lockSlots(dir string) (slotLocks, error) {
+	slots, err := filepath.Glob(filepath.Join(dir, "dev-*"))
+	if err != nil {
+		return nil, err
+	}
+	var all slotLocks
+	for _, s := range slots {
+		l, err := lockDir(s, unix.LOCK_EX|unix.LOCK_NB)
+		if err != nil {
+			return all, err
+		}
+		all = append(all, l)
+	}
+	return all, nil
+}
+
+func (l slotLocks) close() {
+	for _, f := range l {
+		_ = f.Close()
+	}
 }

@@ -50,7 +50,23 @@ func Lookup(path string) (Device, error) {
 	if st.Mode&unix.S_IFMT != unix.S_IFBLK {
 		return Device{}, fmt.Errorf("%s: %w", path, ErrNotBlock)
 	}
-	d := Device{Path: path, Major: unix.Major(st.Rdev), Minor: unix.Minor(st.Rdev)}
+	return describe(Device{Path: path, Major: unix.Major(st.Rdev), Minor: unix.Minor(st.Rdev)})
+}
+
+// again describes the device that has d's path now, or its number if it has no path.
+func (d Device) again() (Device, error) {
+	if d.Path != "" {
+		return Lookup(d.Path)
+	}
+	return describe(Device{Major: d.Major, Minor: d.Minor})
+}
+
+// describe fills in all but path and number.
+func describe(d Device) (Device, error) {
+	path := d.Path
+	if path == "" {
+		path = "device " + d.Number()
+	}
 	sys, err := filepath.EvalSymlinks("/sys/dev/block/" + d.Number())
 	if err != nil {
 		return Device{}, fmt.Errorf("%s: %w", path, err)
@@ -199,4 +215,21 @@ func bootID() ([16]byte, error) {
 		id[i] = byte(v)
 	}
 	return id, nil
+}
+
+// Disks are the whole disks of this host that can be tracked.
+func Disks() ([]Device, error) {
+	all, err := os.ReadDir("/sys/block")
+	if err != nil {
+		return nil, err
+	}
+	var out []Device
+	for _, e := range all {
+		// A "!" stands for the "/" of a name (cciss).
+		d, err := Lookup("/dev/" + strings.ReplaceAll(e.Name(), "!", "/"))
+		if err == nil && d.Size > 0 {
+			out = append(out, d)
+		}
+	}
+	return out, nil
 }

@@ -30,7 +30,7 @@ func (d Device) changed(since *Epoch) Loss {
 	return l
 }
 
-func (d Device) again() (Target, error) { return Lookup(d.Path) }
+func (d Device) lookAgain() (Target, error) { return d.again() }
 
 func (d Device) heatShift() uint32 { return heatShift(uint64(d.Size) / 512) }
 

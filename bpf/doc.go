@@ -7,9 +7,9 @@
 //
 // What is attached lives in the kernel, pinned below one directory of bpffs:
 //
-//	meta                  layout version, boot ID, link IDs; written last
-//	map-NAME              the maps of tracker.bpf.c
-//	link-PROGRAM          one link per program and copy
+//	gen-N/meta            layout version, boot ID, link IDs; written last
+//	gen-N/map-NAME        the maps of tracker.bpf.c
+//	gen-N/link-PROGRAM    one link per program and copy
 //	dev-SLOT/eNUMBER      the epochs of one device; the number has 16 hex digits
 //
 // A process that ends, however it ends, leaves all of it working. The next one

@@ -189,4 +189,10 @@ func (e *Epoch) merge(o *Epoch) {
 	w[hdrCounting] &= o.hdr(hdrCounting)
 	w[hdrOpenedAt] = o.hdr(hdrOpenedAt)
 	w[hdrFirst] = o.First()
+	if o.hdr(hdrSaved) != 0 {
+		copy(w[hdrSaved:hdrSaved+3], o.mem.words[hdrSaved:])
+	}
 }
+
+// epochName is that of the pin of epoch n.
+func epochName(n uint64) string { return fmt.Sprintf("e%016x", n) }

@@ -40,7 +40,7 @@ func LookupFile(path string) (File, error) {
 		return File{}, &os.PathError{Op: "open", Path: path, Err: err}
 	}
 	defer func() { _ = unix.Close(fd) }()
-	f, err := describe(fd)
+	f, err := describeFile(fd)
 	if err != nil {
 		return File{}, fmt.Errorf("%s: %w: %w", path, ErrUntrackable, err)
 	}
@@ -54,7 +54,7 @@ const (
 	attrDAX         = 0x200000 // STATX_ATTR_DAX
 )
 
-func describe(fd int) (File, error) {
+func describeFile(fd int) (File, error) {
 	var st unix.Statx_t
 	if err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_BASIC_STATS|unix.STATX_MNT_ID, &st); err != nil {
 		return File{}, fmt.Errorf("statx: %w", err)
@@ -236,7 +236,7 @@ func (f File) changed(since *Epoch) Loss {
 	return l
 }
 
-func (f File) again() (Target, error) { return LookupFile(f.Path) }
+func (f File) lookAgain() (Target, error) { return LookupFile(f.Path) }
 
 // kernelSectors: nobody counts what is written to a file.
 func (f File) kernelSectors() (uint64, bool) { return 0, false }

@@ -181,7 +181,7 @@ func (t *Tracker) hooks(fs string, attach bool) (*fileHooks, error) {
 	if h := t.fileHooks[fs]; h != nil && h.intact() {
 		return h, nil
 	}
-	h := &fileHooks{dir: filepath.Join(t.dir, "files-"+fs), hooks: fileSystems[fs].hooks, seam: t.fileSeam}
+	h := &fileHooks{dir: t.pin("files-" + fs), hooks: fileSystems[fs].hooks, seam: t.options.FileMisses}
 	err := h.adopt()
 	if err != nil && attach {
 		h.close()
@@ -327,7 +327,7 @@ func (t *Tracker) attachFiles(fs string, h *fileHooks) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := spec.Variables["broken"].Set(uint32(t.broken)); err != nil {
+	if err := spec.Variables["broken"].Set(uint32(t.options.Broken)); err != nil {
 		return fmt.Errorf("set broken: %w", err)
 	}
 	shared := map[string]*ebpf.Map{"epochs": t.maps.Epochs, "counts": t.maps.Counts, "host": t.maps.Host, "heat": t.maps.Heat, "writers": t.maps.Writers}
@@ -406,7 +406,7 @@ func (h *fileHooks) save() error {
 	return meta.Pin(filepath.Join(h.dir, "meta"))
 }
 
-func (t *Tracker) filesPin() string { return filepath.Join(t.dir, "map-files") }
+func (t *Tracker) filesPin() string { return t.pin("map-files") }
 
 // openFiles opens the map of tracked files; os.ErrNotExist if none ever was.
 func (t *Tracker) openFiles() error {
@@ -482,5 +482,5 @@ func (t *Tracker) removeFile(key filesFileKey, fs string) error {
 		h.close()
 		delete(t.fileHooks, fs)
 	}
-	return os.RemoveAll(filepath.Join(t.dir, "files-"+fs))
+	return os.RemoveAll(t.pin("files-" + fs))
 }

@@ -63,8 +63,11 @@ struct bio {
 	void (*bi_end_io)(struct bio *);
 };
 
+struct blk_mq_ops;
+
 struct request_queue {
 	struct gendisk *disk;
+	const struct blk_mq_ops *mq_ops;
 };
 
 struct request {

@@ -44,7 +44,9 @@ const (
 	hdrCounting = 46  // 1: hdrKernel is known
 	hdrTable    = 47  // hash of the device-mapper table
 	hdrStart    = 48  // of a partition, sectors
-	hdrPrograms = 49  // words used of each of the following
+	hdrSaved    = 49  // 0, or how an epoch of another boot is known to be complete: SavedProven, SavedTrusted
+	hdrSavedIn  = 50  // and 51: that boot
+	hdrPrograms = 52  // words used of each of the following
 	hdrMissBase = 64  // one word per program and copy, when opened
 	hdrMissed   = 128 // likewise, at close: missed while open
 )
@@ -56,6 +58,7 @@ const (
 	hostNoEpoch     = 0
 	hostPassthrough = 1
 	hostWriters     = 2
+	hostNVMeOps     = 4 // and 3 more
 )
 
 // Broken makes a tracker that loses writes, so that a test can see that it would

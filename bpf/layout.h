@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0)
 //
 // What kernel and userspace must agree on; layout.go says the same in Go, and a
-// test compares the two. Any change raises LAYOUT_VERSION.
+// test compares the two. A change that either side would misread raises LAYOUT_VERSION, and so
+// does one after which older programs may not be believed: an upgrade goes on with
+// them as long as a device is in use.
 #pragma once
 
 #define LAYOUT_VERSION 3
@@ -43,6 +45,7 @@
 #define HOST_NO_EPOCH 0	   // a registered device had no epoch
 #define HOST_PASSTHROUGH 1 // passthrough on a queue without a disk
 #define HOST_WRITERS 2	   // writers that the table had no room for
+#define HOST_NVME_OPS 4	   // to 7: what userspace found to be the operations of NVMe admin queues
 
 // Ways to break the tracker on purpose, so that tests can see it lose writes.
 #define BROKEN_NO_SUBMIT (1 << 0)   // submissions don't mark

@@ -53,7 +53,7 @@ func TestOpenBeginsAnewAfterAnInterruptedAttach(t *testing.T) {
 	first := openTest(t, Options{})
 	old := first.LinkIDs()
 	_ = first.Close()
-	if err := os.Remove(filepath.Join(first.dir, "meta")); err != nil {
+	if err := os.Remove(first.pin(pinMeta)); err != nil {
 		t.Fatal(err)
 	}
 	second, err := Open(Options{Dir: first.dir})

@@ -28,7 +28,7 @@ type Registration struct {
 	programs programSet
 	slot     uint32
 	id       [2]uint64
-	lock     *os.File
+	lock     *dirLock
 	current  *Epoch
 	spare    *Epoch   // for the next swap, not pinned yet
 	retained []*Epoch // closed, ascending
@@ -70,6 +70,11 @@ func (r *Registration) Changed() Loss { return r.what.changed(r.current) }
 // registration. Writes in flight need not be waited for: they are marked when they
 // complete, or, where a bio no longer tells where it wrote, taint the epoch.
 func (t *Tracker) Register(what Target, shift uint) (*Registration, error) {
+	return t.register(what, shift, nil)
+}
+
+// register continues what was saved, if it is not nil.
+func (t *Tracker) register(what Target, shift uint, saved *Saved) (*Registration, error) {
 	if shift < MinGranuleShift || shift > MaxGranuleShift {
 		return nil, fmt.Errorf("granule of 2^%d bytes: must be 4 KiB to 1 MiB", shift)
 	}
@@ -78,7 +83,7 @@ func (t *Tracker) Register(what Target, shift uint) (*Registration, error) {
 		return nil, err
 	}
 	defer func() { _ = lock.Close() }()
-	if !t.intact() {
+	if t.superseded() || !t.intact() {
 		return nil, ErrDetached
 	}
 	if _, ok, err := what.find(t); err != nil {
@@ -98,6 +103,11 @@ func (t *Tracker) Register(what Target, shift uint) (*Registration, error) {
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return nil, err
 	}
+	if dev, ok := what.(Device); ok && strings.HasPrefix(dev.Name, "nvme") {
+		if err := t.watchNVMe(); err != nil {
+			return nil, err
+		}
+	}
 	r := &Registration{t: t, what: what, programs: set, slot: slot, id: [2]uint64{random64(), random64()}}
 	if r.lock, err = lockDir(dir, unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil, fmt.Errorf("%s: %w", what.Label(), err)
@@ -107,7 +117,7 @@ func (t *Tracker) Register(what Target, shift uint) (*Registration, error) {
 		_ = r.Close()
 		return nil, err
 	}
-	if err := r.install(shift); err != nil {
+	if err := r.install(shift, saved); err != nil {
 		_ = r.Close()
 		return nil, fmt.Errorf("register %s: %w", what.Label(), err)
 	}
@@ -118,7 +128,7 @@ func (t *Tracker) Register(what Target, shift uint) (*Registration, error) {
 }
 
 // install gives r its first epoch and shows the device to the programs.
-func (r *Registration) install(shift uint) error {
+func (r *Registration) install(shift uint, saved *Saved) error {
 	if err := r.t.resetCounts(r.slot); err != nil {
 		return err
 	}
@@ -126,7 +136,13 @@ func (r *Registration) install(shift uint) error {
 		return err
 	}
 	var err error
-	if r.current, err = r.begin(r.what.shape(shift)); err != nil {
+	s := r.what.shape(shift)
+	if saved != nil {
+		if s.n, err = r.restore(s, saved); err != nil {
+			return err
+		}
+	}
+	if r.current, err = r.begin(s); err != nil {
 		return err
 	}
 	// Waits for a grace period, as insert wants it.
@@ -135,6 +151,8 @@ func (r *Registration) install(shift uint) error {
 	}
 	return r.what.insert(r.t, r.slot, shift)
 }
+
+func granules(size int64, shift uint) uint64 { return uint64(size+(1<<shift)-1) >> shift }
 
 func (t *Tracker) freeSlot() (uint32, error) {
 	var used [maxDevices]bool
@@ -168,6 +186,9 @@ func (t *Tracker) Forget(what Target) error {
 		return err
 	}
 	defer func() { _ = lock.Close() }()
+	if t.superseded() {
+		return ErrDetached
+	}
 	at, ok, err := what.find(t)
 	if err != nil || !ok {
 		return err
@@ -195,8 +216,17 @@ func (t *Tracker) Acquire(what Target) (*Registration, error) {
 		return nil, fmt.Errorf("%s: %w", what.Label(), ErrNotRegistered)
 	}
 	r := &Registration{t: t, what: what, slot: slot}
-	if r.lock, err = lockDir(t.slotDir(slot), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	r.lock, err = lockDir(t.slotDir(slot), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("%s: %w: %w", what.Label(), ErrDamaged, err)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("%s: %w", what.Label(), err)
+	}
+	// An upgrade holds the lock that r has now: after it, r's maps are nobody's.
+	if t.superseded() {
+		_ = r.Close()
+		return nil, ErrDetached
 	}
 	if r.programs, err = what.programs(t, false); err == nil {
 		err = r.load()
@@ -235,6 +265,8 @@ func (r *Registration) load() error {
 	if r.current == nil {
 		return errors.New("the current epoch is not pinned any more")
 	}
+	// Of a process that went on after all pins had been removed under it.
+	r.drop(func(e *Epoch) bool { return e.hdr(hdrID) != r.id[0] || e.hdr(hdrID+1) != r.id[1] })
 	// Pinned but never installed: the process died before the swap.
 	r.drop(func(e *Epoch) bool { return e.Last() > r.current.Last() })
 	// Merged into a newer one, which the process died too early to unpin.
@@ -355,7 +387,7 @@ func (r *Registration) begin(s shape) (*Epoch, error) {
 	if n, ok := r.what.kernelSectors(); ok {
 		w[hdrKernel], w[hdrCounting] = n, 1
 	}
-	e.pin = filepath.Join(r.t.slotDir(r.slot), fmt.Sprintf("e%016x", s.n))
+	e.pin = filepath.Join(r.t.slotDir(r.slot), epochName(s.n))
 	if err := e.m.Pin(e.pin); err != nil {
 		e.close()
 		return nil, fmt.Errorf("pin epoch %d: %w", s.n, err)
@@ -449,7 +481,7 @@ func (r *Registration) soFar(e *Epoch) (so soFar, err error) {
 	if r.t.hostMap.words[hostPassthrough] != e.hdr(hdrHostBase+1) {
 		so.loss |= LossPassthrough
 	}
-	now, err := r.what.again()
+	now, err := r.what.lookAgain()
 	if err != nil || now.id() != r.what.id() {
 		so.loss |= LossReplaced
 	} else {
@@ -499,6 +531,13 @@ func (r *Registration) Close() error {
 	r.t.mu.Lock()
 	delete(r.t.open, r)
 	r.t.mu.Unlock()
+	r.closeEpochs()
+	err := r.lock.Close()
+	r.lock = nil
+	return err
+}
+
+func (r *Registration) closeEpochs() {
 	for _, e := range r.retained {
 		e.close()
 	}
@@ -509,9 +548,6 @@ func (r *Registration) Close() error {
 		r.spare.close()
 	}
 	r.retained, r.current, r.spare = nil, nil, nil
-	err := r.lock.Close()
-	r.lock = nil
-	return err
 }
 
 // Unregister stops tracking and forgets the device's epochs. It closes r.
@@ -521,5 +557,9 @@ func (r *Registration) Unregister() error {
 		return err
 	}
 	defer func() { _ = lock.Close() }()
+	if r.t.superseded() {
+		// All pins were removed: what stands in their place now is not r's.
+		return errors.Join(ErrDetached, r.Close())
+	}
 	return errors.Join(r.what.remove(r.t), clearDir(r.t.slotDir(r.slot)), r.Close())
 }

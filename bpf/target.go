@@ -12,7 +12,7 @@ type Target interface {
 	id() uint64 // in the epoch's header
 	shape(shift uint) shape
 	changed(since *Epoch) Loss
-	again() (Target, error)
+	lookAgain() (Target, error)
 	kernelSectors() (uint64, bool)
 	heatShift() uint32
 

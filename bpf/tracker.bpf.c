@@ -330,6 +330,32 @@ static __always_inline int on_queue(struct bio *bio, __u32 copy)
 	return 0;
 }
 
+// An NVMe admin command that carries no data and may change what disks hold: format,
+// sanitize, deletion of namespaces, and all that are not known (NVM Express base specification,
+// admin command opcodes).
+static __always_inline int nvme_destroys(struct request *rq)
+{
+	__u64 ops = (__u64)rq->q->mq_ops;
+	void *cmd = NULL; // struct nvme_request in drivers/nvme/host/nvme.h begins with it
+	__u8 opcode = 0;
+	int nvme = 0;
+
+	for (__u32 i = HOST_NVME_OPS; i < HOST_WORDS; i++) {
+		__u32 at = i;
+		__u64 *known = bpf_map_lookup_elem(&host, &at);
+		nvme |= known && *known && *known == ops;
+	}
+	if (!nvme)
+		return 0;
+	// blk_mq_rq_to_pdu()
+	if (bpf_probe_read_kernel(&cmd, sizeof(cmd), (void *)((__u64)rq + bpf_core_type_size(struct request))) ||
+	    bpf_probe_read_kernel(&opcode, sizeof(opcode), cmd))
+		return 1;
+	if (opcode == 0x82 || opcode == 0x86) // security receive, LBA status
+		return 0;
+	return opcode >= 0x80 || opcode == 0x0d || opcode == 0x15; // namespace management, attachment
+}
+
 static __always_inline int on_rq_complete(struct request *rq, __u32 bytes, __u32 copy)
 {
 	struct event e = {.kind = COMPLETE, .op = rq->cmd_flags & REQ_OP_MASK, .counts = copy == 0};
@@ -347,8 +373,8 @@ static __always_inline int on_rq_complete(struct request *rq, __u32 bytes, __u32
 	disk = rq->q->disk;
 	if (!disk) {
 		// A controller-wide queue: it may have written to any device. Without
-		// data, it is a keep-alive more often than not: see docs/limits.md.
-		if (e.op == REQ_OP_DRV_OUT)
+		// data, it is a keep-alive more often than not.
+		if (e.op == REQ_OP_DRV_OUT || nvme_destroys(rq))
 			host_add(HOST_PASSTHROUGH);
 		return 0;
 	}

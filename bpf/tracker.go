@@ -42,12 +42,19 @@ type Options struct {
 	Misses func(kernel Misses) Misses
 	// FileMisses does the same for the programs that see image files.
 	FileMisses func(kernel []uint64) []uint64
+	// Variant makes the programs count as another version of themselves. Zero in all
+	// other use than tests.
+	Variant uint32
+	// Step is called before each step of an upgrade, with its name, so that a test can die
+	// there. Nil in all other use.
+	Step func(step string)
 }
 
 // Tracker is the set of programs attached on this host. Its methods are safe
 // for concurrent use, also by several processes.
 type Tracker struct {
 	dir      string
+	gen      uint64 // generation, see generation.go
 	maps     trackerMaps
 	meta     *ebpf.Map
 	links    [9]link.Link
@@ -55,13 +62,16 @@ type Tracker struct {
 	hostMap  *mapping
 	heatMap  *mapping
 	devices  table
-	broken   Broken
+	options  Options
+	object   uint64 // hash of what is attached
 	instance uint64
 	linkIDs  [9]uint32
 	since    time.Time
 	fresh    string
 	seam     func(Misses) Misses
 	fileSeam func([]uint64) []uint64
+	began    string
+	outdated string
 
 	mu        sync.Mutex
 	open      map[*Registration]struct{}
@@ -78,11 +88,15 @@ const (
 	metaLinks    = 5  // 9 words
 	metaObject   = 17 // hash of the object that was loaded
 	metaWords    = 32
+	metaWhy      = metaWords // why it was attached: text, ended by a zero
+	metaWhyWords = 64
 )
 
 // Open adopts the tracker that is pinned, or attaches a new one if there is
 // none, or if what is pinned can't be trusted: then every device has to be
-// registered again. It needs root. Errors wrap ErrPermission, ErrNoBTF or ErrOldKernel.
+// registered again. If only its programs are of another version than this binary's, they are
+// replaced without a gap, see [Tracker.Outdated]. It needs root. Errors wrap ErrPermission,
+// ErrNoBTF, ErrOldKernel, or ErrBusy while another process uses what can't be adopted.
 func Open(o Options) (*Tracker, error) {
 	if o.Dir == "" {
 		o.Dir = DefaultDir
@@ -110,10 +124,17 @@ func Open(o Options) (*Tracker, error) {
 	}
 	defer func() { _ = lock.Close() }()
 
-	t := &Tracker{dir: o.Dir, seam: o.Misses, fileSeam: o.FileMisses, broken: o.Broken, open: map[*Registration]struct{}{}, fileHooks: map[string]*fileHooks{}}
+	t := newTracker(o, 0)
 	err = t.adopt()
 	if err == nil {
-		return t, nil
+		if t.object == objectHash(o) {
+			return t, nil
+		}
+		if o.AdoptOnly {
+			t.outdated = "the tracker's programs are of another version: the next backup replaces them"
+			return t, nil
+		}
+		return t.upgrade()
 	}
 	t.closeAll()
 	var not notAdoptable
@@ -121,18 +142,37 @@ func Open(o Options) (*Tracker, error) {
 		// Such as too many open files: what is pinned may be good.
 		return nil, permission(fmt.Errorf("adopt the pinned tracker: %w", err))
 	}
-	t.fresh = err.Error()
 	if o.AdoptOnly {
 		return nil, fmt.Errorf("%w: %w", ErrNotAttached, err)
 	}
-	if err := clearDir(o.Dir); err != nil {
+	t.fresh = not.Error()
+	if err := t.replace(); err != nil {
+		t.closeAll()
 		return nil, permission(err)
 	}
-	if err := t.attach(); err != nil {
-		t.closeAll()
-		return nil, permission(fmt.Errorf("attach the tracker: %w", err))
-	}
 	return t, nil
+}
+
+// replace attaches the tracker where one was that can't be adopted.
+func (t *Tracker) replace() error {
+	// A process that is using it would lose its epochs under its hands.
+	locks, err := lockSlots(t.dir)
+	defer locks.close()
+	if err != nil {
+		return fmt.Errorf("attach the tracker anew, because %s: %w", t.fresh, err)
+	}
+	if err := clearDir(t.dir); err != nil {
+		return err
+	}
+	t.gen = 1
+	if err := t.build(); err != nil {
+		return fmt.Errorf("attach the tracker: %w", err)
+	}
+	return t.publish(t.fresh)
+}
+
+func newTracker(o Options, gen uint64) *Tracker {
+	return &Tracker{dir: o.Dir, gen: gen, options: o, open: map[*Registration]struct{}{}, fileHooks: map[string]*fileHooks{}}
 }
 
 func permission(err error) error {
@@ -144,6 +184,14 @@ func permission(err error) error {
 
 // Fresh says why nothing was adopted, or is empty if the pinned tracker was.
 func (t *Tracker) Fresh() string { return t.fresh }
+
+// Began says why the tracker was attached anew, by this process or an earlier one: devices
+// that were tracked before that have to be registered again.
+func (t *Tracker) Began() string { return t.began }
+
+// Outdated says why programs of another version are still in use, or is empty. They are as
+// good: a version whose programs may not be believed any more has another layout.
+func (t *Tracker) Outdated() string { return t.outdated }
 
 // Since is when the programs were attached.
 func (t *Tracker) Since() time.Time { return t.since }
@@ -220,16 +268,10 @@ func Remove(dir string) error {
 		return permission(err)
 	}
 	defer func() { _ = lock.Close() }()
-	slots, err := filepath.Glob(filepath.Join(dir, "dev-*"))
+	locks, err := lockSlots(dir)
+	defer locks.close()
 	if err != nil {
 		return err
-	}
-	for _, s := range slots {
-		l, err := lockDir(s, unix.LOCK_EX|unix.LOCK_NB)
-		if err != nil {
-			return err
-		}
-		defer func() { _ = l.Close() }()
 	}
 	if err := clearDir(dir); err != nil {
 		return err
@@ -253,17 +295,18 @@ type notAdoptable string
 func (n notAdoptable) Error() string { return string(n) }
 
 // objectHash tells one version of the programs from another.
-func objectHash(b Broken) uint64 {
-	h := sha256.Sum256(slices.Concat([]byte{byte(b)}, _TrackerBytes, _FilesBytes))
+func objectHash(o Options) uint64 {
+	var seams [8]byte
+	binary.BigEndian.PutUint32(seams[:], uint32(o.Broken))
+	binary.BigEndian.PutUint32(seams[4:], o.Variant)
+	h := sha256.Sum256(slices.Concat(seams[:], _TrackerBytes, _FilesBytes))
 	return binary.BigEndian.Uint64(h[:])
 }
 
-func (t *Tracker) adopt() error {
+// load reads the pins of the tracker's generation.
+func (t *Tracker) load() error {
 	var err error
-	t.meta, err = ebpf.LoadPinnedMap(filepath.Join(t.dir, "meta"), nil)
-	if errors.Is(err, os.ErrNotExist) {
-		return notAdoptable("no tracker was attached")
-	}
+	t.meta, err = ebpf.LoadPinnedMap(t.pin(pinMeta), nil)
 	if err != nil {
 		return err
 	}
@@ -278,16 +321,16 @@ func (t *Tracker) adopt() error {
 	}
 	switch {
 	case len(m.words) < metaWords || m.words[metaMagic] != headerMagic:
-		return notAdoptable("the pinned tracker has another map layout, or its attaching was interrupted")
-	case m.words[metaObject] != objectHash(t.broken):
-		return notAdoptable("the pinned tracker's programs are of another version")
+		return notAdoptable("the pinned tracker has another map layout")
 	case m.words[metaBoot] != binary.BigEndian.Uint64(boot[:8]) || m.words[metaBoot+1] != binary.BigEndian.Uint64(boot[8:]):
 		return notAdoptable("the pinned tracker is of another boot")
 	}
+	t.object = m.words[metaObject]
+	t.began = textOf(m.words[min(metaWhy, len(m.words)):])
 	t.instance = m.words[metaInstance]
 	t.since = time.Unix(0, int64(m.words[metaSince]))
 	for name, p := range t.mapNames() {
-		*p, err = ebpf.LoadPinnedMap(filepath.Join(t.dir, "map-"+name), nil)
+		*p, err = ebpf.LoadPinnedMap(t.pin("map-"+name), nil)
 		if errors.Is(err, os.ErrNotExist) {
 			return notAdoptable("map " + name + " is not pinned any more")
 		}
@@ -297,7 +340,7 @@ func (t *Tracker) adopt() error {
 	}
 	for i := range t.links {
 		t.linkIDs[i] = uint32(m.words[metaLinks+i])
-		t.links[i], err = link.LoadPinnedLink(filepath.Join(t.dir, "link-"+programName(i)), nil)
+		t.links[i], err = link.LoadPinnedLink(t.pin("link-"+programName(i)), nil)
 		if errors.Is(err, os.ErrNotExist) {
 			return notAdoptable("program " + programName(i) + " was detached")
 		}
@@ -331,7 +374,12 @@ func (t *Tracker) mapShared() error {
 	return err
 }
 
-func (t *Tracker) attach() error {
+// build attaches the programs with maps of their own, and pins all but what makes others
+// adopt it.
+func (t *Tracker) build() error {
+	if err := os.Mkdir(t.pin(""), 0o700); err != nil {
+		return err
+	}
 	spec, err := trackerSpec()
 	if err != nil {
 		return err
@@ -343,7 +391,7 @@ func (t *Tracker) attach() error {
 	if err := spec.Variables["chain_endio"].Set(addr); err != nil {
 		return fmt.Errorf("set the address of bio_chain_endio: %w", err)
 	}
-	if err := spec.Variables["broken"].Set(uint32(t.broken)); err != nil {
+	if err := spec.Variables["broken"].Set(uint32(t.options.Broken)); err != nil {
 		return fmt.Errorf("set broken: %w", err)
 	}
 	coll, err := ebpf.NewCollection(spec)
@@ -356,21 +404,10 @@ func (t *Tracker) attach() error {
 		if *p == nil {
 			return fmt.Errorf("the embedded object has no map %s", name)
 		}
-		if err := (*p).Pin(filepath.Join(t.dir, "map-"+name)); err != nil {
+		if err := (*p).Pin(t.pin("map-" + name)); err != nil {
 			return fmt.Errorf("pin map %s: %w", name, err)
 		}
 	}
-	t.meta, err = ebpf.NewMap(&ebpf.MapSpec{
-		Name: "tidemark_meta", Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: metaWords, Flags: unix.BPF_F_MMAPABLE,
-	})
-	if err != nil {
-		return fmt.Errorf("meta map: %w", err)
-	}
-	m, err := mapArray(t.meta)
-	if err != nil {
-		return err
-	}
-	defer m.close()
 	// In order of copies: the last copy of an event drops what the others need.
 	for c := range copies {
 		for p := range programs {
@@ -382,25 +419,43 @@ func (t *Tracker) attach() error {
 	if err := t.attachWriters(coll); err != nil {
 		return err
 	}
+	t.instance, t.since, t.object = random64(), time.Now(), objectHash(t.options)
+	return t.mapShared()
+}
+
+// publish pins meta: with it the tracker is complete, without it nobody adopts the rest.
+func (t *Tracker) publish(why string) error {
+	var err error
+	t.meta, err = ebpf.NewMap(&ebpf.MapSpec{
+		Name: "tidemark_meta", Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: metaWords + metaWhyWords, Flags: unix.BPF_F_MMAPABLE,
+	})
+	if err != nil {
+		return fmt.Errorf("meta map: %w", err)
+	}
+	m, err := mapArray(t.meta)
+	if err != nil {
+		return err
+	}
+	defer m.close()
 	boot, err := bootID()
 	if err != nil {
 		return err
 	}
-	t.instance, t.since = random64(), time.Now()
 	m.words[metaBoot] = binary.BigEndian.Uint64(boot[:8])
 	m.words[metaBoot+1] = binary.BigEndian.Uint64(boot[8:])
 	m.words[metaInstance] = t.instance
-	m.words[metaObject] = objectHash(t.broken)
+	m.words[metaObject] = t.object
 	m.words[metaSince] = uint64(t.since.UnixNano())
 	for i, id := range t.linkIDs {
 		m.words[metaLinks+i] = uint64(id)
 	}
-	if err := t.mapShared(); err != nil {
-		return err
-	}
-	// With its pin the tracker is complete; without it, nobody adopts the rest.
+	putText(m.words[metaWhy:], why)
+	t.began = why
 	m.words[metaMagic] = headerMagic
-	return t.meta.Pin(filepath.Join(t.dir, "meta"))
+	if err := t.meta.Pin(t.pin(pinMeta)); err != nil {
+		return fmt.Errorf("pin meta: %w", err)
+	}
+	return nil
 }
 
 // The program that names who dirties the page cache, and what it is attached to. It marks
@@ -433,7 +488,7 @@ func (t *Tracker) attachWriters(coll *ebpf.Collection) error {
 		return fmt.Errorf("attach %s: %w", programNamesWriters, err)
 	}
 	defer func() { _ = l.Close() }()
-	return l.Pin(filepath.Join(t.dir, "link-"+programNamesWriters))
+	return l.Pin(t.pin("link-" + programNamesWriters))
 }
 
 func (t *Tracker) attachProgram(coll *ebpf.Collection, i int) error {
@@ -447,7 +502,7 @@ func (t *Tracker) attachProgram(coll *ebpf.Collection, i int) error {
 		return fmt.Errorf("attach %s: %w", name, err)
 	}
 	t.links[i] = l
-	if err := l.Pin(filepath.Join(t.dir, "link-"+name)); err != nil {
+	if err := l.Pin(t.pin("link-" + name)); err != nil {
 		return fmt.Errorf("pin link of %s: %w", name, err)
 	}
 	info, err := l.Info()
@@ -462,7 +517,7 @@ func (t *Tracker) attachProgram(coll *ebpf.Collection, i int) error {
 // A link whose pin was removed lives only as long as this process.
 func (t *Tracker) intact() bool {
 	for i, id := range t.linkIDs {
-		l, err := link.LoadPinnedLink(filepath.Join(t.dir, "link-"+programName(i)), nil)
+		l, err := link.LoadPinnedLink(t.pin("link-"+programName(i)), nil)
 		if err != nil {
 			return false
 		}
@@ -486,8 +541,8 @@ func (t *Tracker) Misses() (Misses, error) {
 		}
 		m[i] = s.RecursionMisses
 	}
-	if t.seam != nil {
-		m = t.seam(m)
+	if t.options.Misses != nil {
+		m = t.options.Misses(m)
 	}
 	return m, nil
 }

@@ -79,11 +79,16 @@ type Evidence struct {
 	Landed     uint64    `json:"sectors_completed"`
 	// KernelSectors is what the kernel's own statistics counted meanwhile, nil if they are turned
 	// off. More than was submitted and completed makes the epoch unknown.
-	KernelSectors *uint64   `json:"kernel_sectors,omitempty"`
-	BootID        string    `json:"boot_id,omitempty"`
-	Attached      time.Time `json:"attached,omitzero"`
-	Programs      []string  `json:"programs,omitempty"`     // in the order of LeastMisses
-	LinkIDs       []uint32  `json:"link_ids,omitempty"`     // of each program and copy
-	LeastMisses   []uint64  `json:"least_misses,omitempty"` // per program, the copy that missed least: all 0 or the epoch is unknown
-	Missed        []uint64  `json:"missed,omitempty"`       // of an audit: per program and copy, in the current epoch
+	KernelSectors *uint64 `json:"kernel_sectors,omitempty"`
+	// Earlier tells that part of it was marked by programs of another version, before an upgrade.
+	// They were attached to the end of their epochs; LinkIDs and Attached are those of now.
+	Earlier bool `json:"earlier_programs,omitempty"`
+	// SavedState tells that the first epoch began in an earlier boot, and why it is believed.
+	SavedState  string    `json:"saved_state,omitempty"`
+	BootID      string    `json:"boot_id,omitempty"`
+	Attached    time.Time `json:"attached,omitzero"`
+	Programs    []string  `json:"programs,omitempty"`     // in the order of LeastMisses
+	LinkIDs     []uint32  `json:"link_ids,omitempty"`     // of each program and copy
+	LeastMisses []uint64  `json:"least_misses,omitempty"` // per program, the copy that missed least: all 0 or the epoch is unknown
+	Missed      []uint64  `json:"missed,omitempty"`       // of an audit: per program and copy, in the current epoch
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -22,6 +23,7 @@ type Tracked struct {
 	reg     *bpf.Registration
 	began   []string // why this registration is new, if it is
 	file    *os.File // the image file, nil for devices
+	resumed bool     // from a saved state
 }
 
 var _ Source = (*Tracked)(nil)
@@ -31,15 +33,24 @@ var _ Source = (*Tracked)(nil)
 // tracker stays the caller's. Hold the device open meanwhile, so that it can't be
 // replaced. Errors wrap those of package bpf.
 func OpenTracked(tracker *bpf.Tracker, path string, shift uint) (*Tracked, error) {
-	dev, err := bpf.LookupTarget(path)
+	return State{}.Open(tracker, path, shift)
+}
+
+// Open is OpenTracked, but where tracking would begin anew it goes on with the saved state of the
+// last boot, if that can be believed. Either way the saved state is gone then.
+func (v State) Open(tracker *bpf.Tracker, path string, shift uint) (*Tracked, error) {
+	what, err := bpf.LookupTarget(path)
 	if err != nil {
 		return nil, err
 	}
 	s := &Tracked{tracker: tracker}
-	if err := s.acquire(dev, shift); err != nil {
+	if err := v.acquire(s, what, shift); err != nil {
 		return nil, err
 	}
-	return s, s.openFile(dev)
+	if err := s.openFile(what); err != nil {
+		return nil, err
+	}
+	return s, nil
 }
 
 // openFile opens an image file, to write back what is in the page cache. If that fails, s is closed.
@@ -54,39 +65,62 @@ func (s *Tracked) openFile(what bpf.Target) error {
 	return nil
 }
 
-func (s *Tracked) acquire(dev bpf.Target, shift uint) error {
+// acquire gives s the registration of what, an old one, a saved one or a new one. Image files
+// have no saved state.
+func (v State) acquire(s *Tracked, what bpf.Target, shift uint) error {
+	dev, device := what.(bpf.Device)
+	var state *savedState
+	var unread string
 	var err error
-	s.reg, err = s.tracker.Acquire(dev)
+	if device {
+		if state, unread, err = v.take(s.tracker, dev); err != nil {
+			return err
+		}
+	}
+	s.reg, err = s.tracker.Acquire(what)
 	switch {
 	case err == nil:
 		loss := s.reg.Changed()
 		if loss == 0 {
 			return nil
 		}
-		s.began = loss.Reasons()
+		s.began, state = loss.Reasons(), nil
 		err = s.reg.Unregister()
 	case errors.Is(err, bpf.ErrDamaged):
-		s.began = []string{err.Error()}
-		err = s.tracker.Forget(dev)
+		s.began, state = []string{err.Error()}, nil
+		err = s.tracker.Forget(what)
 	case errors.Is(err, bpf.ErrNotRegistered):
 		s.began = []string{"tracking of this device had not begun"}
-		if _, ok := dev.(bpf.File); ok {
+		if !device {
 			s.began = []string{"tracking of this image file had not begun"}
 		}
-		if why := s.tracker.Fresh(); why != "" {
-			s.began = append(s.began, why)
+		if why := s.tracker.Began(); why != "" {
+			s.began = append(s.began, "the tracker was attached anew "+s.tracker.Since().UTC().Format(time.RFC3339)+": "+why)
 		}
 		err = nil
 	}
 	if err != nil {
 		return err
 	}
-	s.reg, err = s.tracker.Register(dev, shift)
+	if state != nil {
+		if s.reg, err = v.resume(s.tracker, dev, state); err == nil {
+			s.began, s.resumed = nil, true
+			return nil
+		}
+		unread = err.Error()
+	}
+	if unread != "" {
+		s.began = append(s.began, "the state saved before the last start was not used: "+unread)
+	}
+	s.reg, err = s.tracker.Register(what, shift)
 	return err
 }
 
 // Began says why tracking had to begin anew, or nothing if it was adopted.
 func (s *Tracked) Began() []string { return s.began }
+
+// Resumed says whether a saved state is continued.
+func (s *Tracked) Resumed() bool { return s.resumed }
 
 // Granule is the size of a granule in bytes.
 func (s *Tracked) Granule() int64 { return 1 << s.reg.GranuleShift() }
@@ -123,6 +157,7 @@ func (s *Tracked) Changes(ctx context.Context, since ChangeID) (Delta, error) {
 	for _, e := range epochs {
 		d.Unknown = append(d.Unknown, judge(e)...)
 		d.Evidence.add(e)
+		d.Evidence.Earlier = d.Evidence.Earlier || !s.reg.Seen(e)
 	}
 	if len(d.Unknown) > 0 {
 		d.Extents = Whole(closed.Size())
@@ -234,6 +269,11 @@ func (v *Evidence) add(e *bpf.Epoch) {
 		*v.KernelSectors += kernel
 	default:
 		v.KernelSectors = nil
+	}
+	if trust, boot := e.Saved(); trust != 0 {
+		v.SavedState = "of boot " + boot + map[bpf.Trust]string{
+			bpf.SavedProven: ", untouched since by the times of its file", bpf.SavedTrusted: ", taken for untouched since, as told",
+		}[trust]
 	}
 	v.Dirty += e.Dirty()
 	v.Sectors += e.Sectors()

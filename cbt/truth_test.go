@@ -148,6 +148,9 @@ func TestMain(m *testing.M) {
 	if spec := os.Getenv(childEnv); spec != "" {
 		os.Exit(replicaChild(strings.Split(spec, "|")))
 	}
+	if spec := os.Getenv(upgradeEnv); spec != "" {
+		os.Exit(upgradeChild(strings.Split(spec, "|")))
+	}
 	os.Exit(m.Run())
 }
 

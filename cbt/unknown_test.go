@@ -108,7 +108,7 @@ func TestUnknownAfterDetach(t *testing.T) {
 	id := changes(t, s, cbt.ChangeID{}).ID
 
 	// While a process holds the tracker, the link lives on, but can't be believed.
-	if err := os.Remove(filepath.Join(pins, "link-rq_complete_1")); err != nil {
+	if err := os.Remove(filepath.Join(pins, "gen-1", "link-rq_complete_1")); err != nil {
 		t.Fatal(err)
 	}
 	d := changes(t, s, id)

@@ -26,6 +26,7 @@ The configuration is YAML:
   repository: /srv/backup
   listen: 127.0.0.1:9177      # metrics; leave it out for none
   retry: 30s                  # after a failure; else the VM's interval
+  trust_saved_state: false    # as the flag of backup
   vms:
     - name: web1
       disks: [/dev/vg0/web1]
@@ -59,6 +60,7 @@ least. What it finds is logged as an error, and counted in tidemark_audit_mismat
 			if err != nil {
 				return err
 			}
+			src.state.Trust = cfg.TrustSavedState
 			if err := src.check(); err != nil {
 				return err
 			}

@@ -20,6 +20,7 @@ func newBackup(g *globals) *cobra.Command {
 		budget       time.Duration
 		granule      string
 		inconsistent bool
+		trust        bool
 	}
 	c := &cobra.Command{
 		Use:   "backup NAME --disk DEV|FILE [--disk ...] -r REPO",
@@ -65,6 +66,7 @@ nothing was written meanwhile. --quiesce says how to pause:
 			if err != nil {
 				return err
 			}
+			src.state.Trust = o.trust
 			p := g.progress()
 			job := agent.Job{
 				VM: a[0], Disks: o.disks, Repo: repo, Quiesce: q, Source: src.open, PauseBudget: o.budget,
@@ -84,6 +86,7 @@ nothing was written meanwhile. --quiesce says how to pause:
 			return err
 		},
 	}
+	trustFlag(c, &o.trust)
 	f := c.Flags()
 	f.StringArrayVar(&o.disks, "disk", nil, "block device or raw image file of the VM; repeat for more, always in the same order")
 	f.StringVar(&o.quiesce, "quiesce", "auto", "how to pause: auto, qmp=SOCKET, freeze=DIR, pid=PID or none")

@@ -17,6 +17,7 @@ type globals struct {
 	json  bool
 	quiet bool
 	pins  string
+	state string // directory
 }
 
 func newRoot() *cobra.Command {
@@ -44,6 +45,8 @@ mounted, exported over NBD and booted at once.`,
 	f.BoolVarP(&g.quiet, "quiet", "q", false, "print errors only")
 	f.StringVar(&g.pins, "pin-dir", "", "directory in bpffs where the tracker is pinned")
 	_ = f.MarkHidden("pin-dir")
+	f.StringVar(&g.state, "state-dir", defaultStateDir, "directory where suspend saves the tracking")
+	_ = f.MarkHidden("state-dir")
 	root.AddGroup(
 		&cobra.Group{ID: "backup", Title: "Back up:"},
 		&cobra.Group{ID: "use", Title: "Use restore points:"},
@@ -57,7 +60,7 @@ mounted, exported over NBD and booted at once.`,
 	}
 	add("backup", newInit(g), newBackup(g), newAudit(g), newAgent(g))
 	add("use", newPoints(g), newMount(g), newExport(g), newRestore(g), newVerify(g))
-	add("host", newDoctor(g), newTrack(g), newUntrack(g), newStatus(g), newHeat(g))
+	add("host", newDoctor(g), newTrack(g), newUntrack(g), newSuspend(g), newStatus(g), newHeat(g))
 	root.AddCommand(newVersion(g), newWatchdog(), newExitCodes())
 	return root
 }

@@ -19,6 +19,7 @@ import (
 type sources struct {
 	pins  string
 	shift uint
+	state cbt.State
 }
 
 // tracked is a source that owns the tracker it was opened with: another process may
@@ -32,7 +33,7 @@ func (t tracked) Close() error { return errors.Join(t.Tracked.Close(), t.tracker
 
 func (g *globals) sources(granule string) (sources, error) {
 	shift, err := granuleShift(granule)
-	return sources{pins: g.pins, shift: shift}, err
+	return sources{pins: g.pins, shift: shift, state: cbt.State{Dir: g.state}}, err
 }
 
 func granuleShift(s string) (uint, error) {
@@ -79,11 +80,20 @@ func (s sources) track(path string) (*tracked, error) {
 }
 
 func (s sources) attach(path string) (*tracked, error) {
+	t, err := s.attachOnce(path)
+	if errors.Is(err, bpf.ErrDetached) {
+		// Another process upgraded the tracker between two steps of this one.
+		t, err = s.attachOnce(path)
+	}
+	return t, err
+}
+
+func (s sources) attachOnce(path string) (*tracked, error) {
 	tracker, err := bpf.Open(bpf.Options{Dir: s.pins})
 	if err != nil {
 		return nil, err
 	}
-	t, err := cbt.OpenTracked(tracker, path, s.shift)
+	t, err := s.state.Open(tracker, path, s.shift)
 	if err != nil {
 		return nil, errors.Join(err, tracker.Close())
 	}
@@ -117,18 +127,29 @@ func (s sources) check() error {
 
 func newTrack(g *globals) *cobra.Command {
 	var granule string
+	var trust, saved bool
 	c := &cobra.Command{
-		Use:   "track DEV|FILE...",
+		Use:   "track DEV|FILE... | --saved",
 		Short: "Start tracking the writes to block devices and image files",
 		Long: `Start tracking the writes to block devices, and to raw image files where the kernel
-can do that (see doctor). Tracking goes on in the kernel until untrack or reboot,
-whether or not a tidemark process runs, and whether or not a VM uses the disk.`,
+can do that (see doctor). Tracking goes on in the kernel until
+untrack or reboot (see suspend for that), whether or not a tidemark process runs, and whether
+or not a VM uses the disk.`,
 		Example: "  tidemark track /dev/loop0\n  tidemark track /dev/vg0/web1 /dev/vg0/web1-data --granule 16KiB",
-		Args:    args(1, -1),
+		Args:    args(0, -1),
 		RunE: func(c *cobra.Command, devs []string) error {
+			if saved != (len(devs) == 0) {
+				return usageError{errors.New("track: give devices, or --saved")}
+			}
 			s, err := g.sources(granule)
 			if err != nil {
 				return err
+			}
+			s.state.Trust = trust
+			if saved {
+				if devs, err = s.state.Devices(); err != nil {
+					return err
+				}
 			}
 			for _, dev := range devs {
 				t, err := s.track(dev)
@@ -137,10 +158,16 @@ whether or not a tidemark process runs, and whether or not a VM uses the disk.`,
 				}
 				if !g.quiet {
 					what := "was tracked already"
-					if len(t.Began()) > 0 {
+					switch {
+					case t.Resumed():
+						what = "is tracked again, and was not written to meanwhile"
+					case len(t.Began()) > 0:
 						what = "is tracked from now on"
 					}
 					_, _ = fmt.Fprintf(c.OutOrStdout(), "%s %s, granule %s\n", dev, what, size(t.Granule()))
+					if why := t.tracker.Outdated(); why != "" {
+						_, _ = fmt.Fprintf(c.OutOrStdout(), "  %s\n", why)
+					}
 				}
 				if err := t.Close(); err != nil {
 					return err
@@ -150,6 +177,8 @@ whether or not a tidemark process runs, and whether or not a VM uses the disk.`,
 		},
 	}
 	c.Flags().StringVar(&granule, "granule", "64KiB", "what one bit stands for, 4KiB to 1MiB")
+	c.Flags().BoolVar(&saved, "saved", false, "all devices whose tracking was saved before the last start")
+	trustFlag(c, &trust)
 	return c
 }
 
@@ -176,6 +205,9 @@ func newUntrack(g *globals) *cobra.Command {
 			for _, path := range devs {
 				dev, err := bpf.LookupTarget(path)
 				if err != nil {
+					return err
+				}
+				if err := (cbt.State{Dir: g.state}).Forget(tr, path); err != nil {
 					return err
 				}
 				if err := tr.Forget(dev); err != nil {
@@ -217,9 +249,11 @@ func newStatus(g *globals) *cobra.Command {
 		Args:  args(0, 0),
 		RunE: func(c *cobra.Command, _ []string) (err error) {
 			rows := []trackedDevice{}
+			outdated := ""
 			tr, err := bpf.Open(bpf.Options{Dir: g.pins, AdoptOnly: true})
 			if err == nil {
 				defer func() { err = errors.Join(err, tr.Close()) }()
+				outdated = tr.Outdated()
 				all, err := tr.Status()
 				if err != nil {
 					return err
@@ -246,7 +280,11 @@ func newStatus(g *globals) *cobra.Command {
 				t.row(r.Device, size(r.Size), size(r.Granule), fmt.Sprint(r.Epoch), size(r.Dirty), fmt.Sprint(r.Writes),
 					size(int64(r.Bytes)), size(r.Memory), r.Since, state)
 			}
-			return t.flush()
+			if err := t.flush(); err != nil || outdated == "" {
+				return err
+			}
+			_, err = fmt.Fprintln(c.OutOrStdout(), outdated)
+			return err
 		},
 	}
 }

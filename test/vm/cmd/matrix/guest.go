@@ -26,7 +26,7 @@ func guest(ctx context.Context, k *testvm.Kernel, o options) (testvm.Run, error)
 			"raid0", "raid1", "raid10", "raid456", "linear", "md-linear",
 		},
 		Disks: []testvm.ScratchDisk{{Size: diskSize}, {Size: diskSize, Bus: testvm.SCSI}, {Size: diskSize, Bus: testvm.NVMe}},
-		Tools: []string{"fio", "losetup", "sfdisk", "partx", "blkdiscard", "dmsetup", "mdadm", "nbd-client", "nbdkit", "unshare", "mount"},
+		Tools: []string{"fio", "losetup", "sfdisk", "partx", "blkdiscard", "dmsetup", "mdadm", "nbd-client", "nbdkit", "unshare", "mount", "nvme"},
 	}
 	plugin, err := nbdkitPlugin(ctx)
 	if err != nil {

@@ -1,0 +1,239 @@
+package bpf
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/cilium/ebpf"
+)
+
+// upgrade replaces t's programs by this binary's, in a new generation, so that at every
+// moment one of the two marks in an epoch that counts:
+//
+//  1. build: the new programs are attached, with maps of their own and no device.
+//  2. show: they see the devices, and mark in an epoch that is thrown away. From here on the
+//     new in-flight table knows the bios that are submitted.
+//  3. begin: each device gets the epoch after its current one in the new tracker. It is
+//     pinned beside those of the old, but installed in the new alone.
+//  4. publish: the new generation's meta is pinned. It is the tracker from here on.
+//  5. retire: the old current epochs are closed with the old programs' counters, and then
+//     the old programs are detached.
+//
+// A process that dies before 4 leaves a generation that is cleared away, and epochs that were never
+// installed in the tracker; after it, the next to come does what is left of 5. It returns t if the
+// upgrade has to wait or fails before 4, and t.Outdated says why.
+func (t *Tracker) upgrade() (*Tracker, error) {
+	locks, err := lockSlots(t.dir)
+	defer locks.close()
+	if err != nil {
+		// The process that holds it has the old maps mapped, and must not lose them.
+		t.outdated = fmt.Sprintf("the upgrade of the tracker's programs waits: a device is %v", err)
+		return t, nil
+	}
+	next := newTracker(t.options, t.gen+1)
+	next.step("build")
+	err = next.build()
+	var begun []*Epoch
+	var lost []string
+	if err == nil {
+		begun, lost, err = next.takeOver(t)
+	}
+	if err == nil {
+		next.step("publish")
+		err = next.publish(strings.Join(append([]string{t.began}, lost...), "; "))
+	}
+	defer func() {
+		for _, e := range begun {
+			e.close()
+		}
+	}()
+	if err != nil {
+		for _, e := range begun {
+			_ = os.Remove(e.pin)
+		}
+		_ = next.unpin() // or it is done by the next to come
+		next.closeAll()
+		t.outdated = fmt.Sprintf("the upgrade of the tracker's programs failed: %v", err)
+		return t, nil
+	}
+	defer t.closeAll()
+	next.step("retire")
+	if err := t.retire(); err != nil {
+		next.closeAll()
+		return nil, fmt.Errorf("end the tracker of another version: %w", err)
+	}
+	next.step("done")
+	return next, nil
+}
+
+// Seen tells whether it was the programs that are attached now that marked in e, and not those
+// of a version before.
+func (r *Registration) Seen(e *Epoch) bool { return e.hdr(hdrInstance) == r.programs.instanceID() }
+
+func (t *Tracker) step(name string) {
+	if t.options.Step != nil {
+		t.options.Step(name)
+	}
+}
+
+// takeOver makes the devices of old t's too, each with the epoch after old's current one.
+// It says which devices can't be taken over.
+func (t *Tracker) takeOver(old *Tracker) (begun []*Epoch, lost []string, err error) {
+	copy(t.hostMap.words[hostNVMeOps:hostWords], old.hostMap.words[hostNVMeOps:hostWords])
+	var regs []*Registration
+	defer func() {
+		for _, r := range regs {
+			r.closeEpochs()
+		}
+	}()
+	var places []place
+	old.devices.all(func(_ uint32, p place) bool {
+		r := &Registration{t: old, what: p.device(), programs: blockPrograms{old}, slot: p.slot}
+		if e := r.load(); e != nil { // upgrade has locked it
+			lost = append(lost, fmt.Sprintf("device %s was not taken over by an upgrade: %v: %v", r.what.Number(), ErrDamaged, e))
+			r.closeEpochs()
+			return true
+		}
+		r.Fold()
+		regs, places = append(regs, r), append(places, p)
+		return true
+	})
+	t.step("show")
+	// Marks go nowhere: only the old tracker's count yet.
+	blind, err := newEpoch(1)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer blind.close()
+	for i, p := range places {
+		if err := t.continueCounts(old, p.slot); err != nil {
+			return nil, nil, err
+		}
+		if err := t.maps.Epochs.Put(p.slot, blind.m); err != nil {
+			return nil, nil, fmt.Errorf("device %s: %w", regs[i].what.Number(), err)
+		}
+		if err := t.devices.insert(p); err != nil {
+			return nil, nil, err
+		}
+	}
+	// Each Put ends after a grace period: then every program sees what was put before.
+	grace := func() error {
+		if len(places) == 0 {
+			return nil
+		}
+		return t.maps.Epochs.Put(places[0].slot, blind.m)
+	}
+	if err := grace(); err != nil {
+		return nil, nil, err
+	}
+	// A bio that the new programs did not see submitted must complete before their first epoch, or
+	// makes it unknown.
+	if err := errors.Join(old.drain(drainLimit), grace()); err != nil {
+		return nil, nil, err
+	}
+	t.step("begin")
+	for i, r := range regs {
+		n := &Registration{t: t, what: r.what, programs: blockPrograms{t}, slot: r.slot, id: r.id}
+		e, err := n.begin(r.current.next())
+		if err != nil {
+			return begun, lost, err
+		}
+		begun = append(begun, e)
+		if i == 0 {
+			t.step("install")
+		}
+		if err := t.maps.Epochs.Put(r.slot, e.m); err != nil {
+			return begun, lost, fmt.Errorf("device %s: %w", r.what.Number(), err)
+		}
+	}
+	return begun, lost, nil
+}
+
+// drainLimit is how long an upgrade waits for bios that are in flight.
+const drainLimit = 2 * time.Second
+
+// drain waits until the bios have completed that are in the table of writes in flight now.
+func (t *Tracker) drain(limit time.Duration) error {
+	places, ranges := make([]uint32, maxInflight), make([]trackerRange, maxInflight)
+	var at ebpf.MapBatchCursor
+	n, err := t.maps.Inflight.BatchLookup(&at, places, ranges, nil)
+	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("writes in flight: %w", err)
+	}
+	waiting := map[uint32]trackerRange{}
+	for i, p := range places[:n] {
+		if ranges[i].Bio != 0 {
+			waiting[p] = ranges[i]
+		}
+	}
+	for end := time.Now().Add(limit); len(waiting) > 0 && time.Now().Before(end); time.Sleep(2 * time.Millisecond) {
+		for p, was := range waiting {
+			var now trackerRange
+			if err := t.maps.Inflight.Lookup(p, &now); err != nil {
+				return fmt.Errorf("writes in flight: %w", err)
+			}
+			if now != was {
+				delete(waiting, p)
+			}
+		}
+	}
+	return nil
+}
+
+// continueCounts makes a slot's counters, heat and writers go on from old's. They are not
+// evidence: an event of this very moment may be counted twice or not.
+func (t *Tracker) continueCounts(old *Tracker, slot uint32) error {
+	var perCPU []trackerCounters
+	if err := old.maps.Counts.Lookup(slot, &perCPU); err != nil {
+		return fmt.Errorf("counters: %w", err)
+	}
+	if err := t.maps.Counts.Put(slot, perCPU); err != nil {
+		return fmt.Errorf("counters: %w", err)
+	}
+	copy(t.heatWords(slot), old.heatWords(slot))
+	return old.eachWriter(slot, 0, ^uint64(0), func(k trackerWriterKey, w trackerWriter) error { return t.maps.Writers.Put(k, w) })
+}
+
+// retire closes the epochs that are still open in t, which another tracker has replaced,
+// and detaches its programs.
+func (t *Tracker) retire() error {
+	var err error
+	t.devices.all(func(at uint32, p place) bool {
+		if err = t.closeEpochs(p); err == nil {
+			// While some of its programs are detached and others not, it would see bios complete that
+			// it did not see submitted.
+			t.devices.remove(at)
+		}
+		return err == nil
+	})
+	if err != nil {
+		return err
+	}
+	t.step("detach")
+	return t.unpin()
+}
+
+func (t *Tracker) closeEpochs(p place) error {
+	all, err := t.pinnedEpochs(p.slot)
+	if err != nil {
+		return nil //nolint:nilerr // damaged: said by Acquire
+	}
+	r := &Registration{t: t, what: p.device(), programs: blockPrograms{t}, slot: p.slot}
+	for _, e := range all {
+		if err == nil && e.hdr(hdrInstance) == t.instance && e.hdr(hdrClosed) == 0 {
+			err = r.finish(e)
+		}
+		e.close()
+	}
+	return err
+}
+
+// device is what the table knows of it.
+func (p place) device() Device {
+	return Device{
+		Major: p.own >> 20, Minor: p.own & (1<<20 - 1), Size: int64(p.sectors) * 512, Partition: !p.whole, Start: int64(p.start) * 512, disk: p.key,
+	}
+}
