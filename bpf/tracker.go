@@ -68,8 +68,6 @@ type Tracker struct {
 	linkIDs  [9]uint32
 	since    time.Time
 	fresh    string
-	seam     func(Misses) Misses
-	fileSeam func([]uint64) []uint64
 	began    string
 	outdated string
 
