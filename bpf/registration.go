@@ -449,13 +449,12 @@ func (r *Registration) soFar(e *Epoch) (so soFar, err error) {
 	if so.missed, err = r.t.Misses(); err != nil {
 		return so, err
 	}
+	ever := so.missed
+	for i := range so.missed {
+		so.missed[i] -= e.hdr(hdrMissBase + i)
+	}
 	for p := range programs {
-		least := ^uint64(0)
-		for i := p * copies; i < (p+1)*copies; i++ {
-			so.missed[i] -= e.hdr(hdrMissBase + i)
-			least = min(least, so.missed[i])
-		}
-		if least > 0 {
+		if lostEvents(so.missed[p*copies:(p+1)*copies], ever[p*copies:(p+1)*copies], wholeCalls()) {
 			so.loss |= LossMissed
 		}
 	}

@@ -33,17 +33,17 @@ func TestUnmarkedIsUnchanged(t *testing.T) {
 	})
 }
 
-func testUnmarked(t *testing.T, d target) {
-	dir, dev := t.TempDir(), d.dev
+func testUnmarked(t *testing.T, target target) {
+	dev, dir := target.dev, t.TempDir()
 	r, closeReplica, err := openReplica(dir, pinDir(t), dev)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer closeReplica()
 	a := r.src.(cbt.Auditor)
-	stop := writers(t, d)
+	stop := writers(t, target)
 	defer stop()
-	time.Sleep(2 * time.Second) // until fio has started
+	waitForWrites(t, r.src)
 	epochs := 60
 	if os.Getenv("TIDEMARK_TESTVM") != "" {
 		epochs = 6

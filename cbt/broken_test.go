@@ -7,6 +7,7 @@ import (
 	mrand "math/rand/v2"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"strconv"
 	"sync"
@@ -57,6 +58,8 @@ func TestBrokenOneCopy(t *testing.T) {
 	} else {
 		t.Logf("TRUTH-BROKEN one copy: %s", n)
 	}
+	// With so much of it each copy misses some event, though none is missed by all. The
+	// counters can't tell these apart, so in real life such an epoch is unknown.
 	o.Broken = bpf.BrokenNoSubmit
 	if n := sweep(t, o, dev, shift, busy); n.lost != 0 || n.unknown != 0 {
 		t.Errorf("MISSED: %s", n)
@@ -75,13 +78,17 @@ func (n swept) String() string {
 	return fmt.Sprintf("%d blocks written once, %d epochs, %d granules lost, %d epochs unknown, completions missed by copy %v", n.blocks, n.epochs, n.lost, n.unknown, n.missed)
 }
 
-// sweep writes each granule once, in random order, while a replica follows: what was
+// sweep writes granules, 2,048 at most, once each in random order, while a replica follows: what was
 // lost is not healed by a later write. If busy is another device, it is tracked too, and
 // the writers run on processor 0 as those of busyLoop do.
 func sweep(t *testing.T, o bpf.Options, dev string, shift uint, busy string) (n swept) {
 	t.Helper()
 	dir := t.TempDir()
 	o.Dir = pinDir(t) + "-" + strconv.Itoa(int(o.Broken))
+	// The kernel's counters are hidden from the tracker: it would rightly compare the
+	// whole disk, and heal what the bits don't hold.
+	var seen bpf.Misses
+	o.Misses = func(kernel bpf.Misses) bpf.Misses { seen = kernel; return bpf.Misses{} }
 	defer func() {
 		if err := bpf.Remove(o.Dir); err != nil {
 			t.Error(err)
@@ -112,11 +119,12 @@ func sweep(t *testing.T, o bpf.Options, dev string, shift uint, busy string) (n 
 		n.epochs++
 	}
 	step() // the whole disk
-	before, err := r.tracker.Misses()
-	if err != nil {
+	if _, err := r.tracker.Misses(); err != nil {
 		t.Fatal(err)
 	}
+	before := seen
 	blocks := mrand.Perm(int(truthSize >> shift))
+	blocks = blocks[:min(len(blocks), 2048)]
 	n.blocks = len(blocks)
 	next := make(chan int, len(blocks))
 	for _, b := range blocks {
@@ -144,14 +152,13 @@ func sweep(t *testing.T, o bpf.Options, dev string, shift uint, busy string) (n 
 		}
 	}
 	step()
-	after, err := r.tracker.Misses()
-	if err != nil {
+	if _, err := r.tracker.Misses(); err != nil {
 		t.Fatal(err)
 	}
 	for i, p := range bpf.ProgramNames() {
 		for c := range n.missed {
 			if p == "rq_complete" {
-				n.missed[c] = after[i*len(n.missed)+c] - before[i*len(n.missed)+c]
+				n.missed[c] = seen[i*len(n.missed)+c] - before[i*len(n.missed)+c]
 			}
 		}
 	}
@@ -184,12 +191,17 @@ func writeBlocks(dev string, shift uint, next <-chan int, pinned bool) error {
 	return f.Close()
 }
 
-// busyLoop keeps a loop device on processor 0 completing requests until stop is called.
+// busyLoop keeps a loop device on processor 0 completing discards until stop is called.
+// Each covers so many granules that the programs are at it for long.
 func busyLoop(t *testing.T) (dev string, stop func()) {
 	t.Helper()
-	dev = loopDevice(t, 8<<20, "")
-	c := exec.CommandContext(t.Context(), "fio", "--name=busy", "--filename="+dev, "--rw=randwrite", "--bs=4k", "--direct=1", "--ioengine=libaio", "--iodepth=16",
-		"--cpus_allowed=0", "--time_based", "--runtime=7200")
+	dev = loopDevice(t, 1<<30, "")
+	// Complete where it was submitted, whatever caches the processors share.
+	if err := os.WriteFile(filepath.Join("/sys/block", filepath.Base(dev), "queue/rq_affinity"), []byte("2"), 0); err != nil {
+		t.Fatal(err)
+	}
+	c := exec.CommandContext(t.Context(), "fio", "--name=busy", "--filename="+dev, "--rw=randtrim", "--bs=256m", "--direct=1", "--ioengine=psync",
+		"--cpus_allowed=0", "--time_based", "--runtime=7200", "--norandommap")
 	c.Cancel = func() error { return c.Process.Signal(syscall.SIGTERM) }
 	c.WaitDelay = 20 * time.Second
 	if err := c.Start(); err != nil {

@@ -192,8 +192,8 @@ func nbdDevice(t *testing.T, size int64) string {
 	if err := server.Start(); err != nil {
 		t.Fatal(err)
 	}
-	ended := make(chan error, 1)
-	go func() { ended <- server.Wait() }()
+	ended := make(chan struct{})
+	go func() { defer close(ended); _ = server.Wait() }()
 	t.Cleanup(func() { _ = server.Process.Kill(); <-ended })
 	for range 100 {
 		if _, err := os.Stat(sock); err == nil {

@@ -84,7 +84,7 @@ func testTruth(t *testing.T, d target) {
 		}
 		if all > 0 && len(x.Unknown) > 0 {
 			unknown++
-			t.Errorf("epoch %d is unknown: %v", all, x.Unknown)
+			t.Errorf("epoch %d is unknown: %v (least misses of %v: %v)", all, x.Unknown, bpf.ProgramNames(), x.Evidence.LeastMisses)
 		}
 		all++
 		changed += x.Extents.Bytes()

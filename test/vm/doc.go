@@ -10,7 +10,7 @@
 //     file or an NBD export. Its guest writes numbered files for ever, or tells
 //     which of them a disk holds; [ParseConsole] understands what it prints.
 //   - static programs, mostly Go test binaries, inside a throw-away kernel of
-//     the caller's choice ([RunInKernel], command vmtest).
+//     the caller's choice ([RunInKernel], commands vmtest and matrix).
 //
 // Everything needs Linux on amd64 and tools from Debian packages; [Require]
 // and [Missing] say which are not there. Nothing is installed: kernels go to the

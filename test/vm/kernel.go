@@ -37,8 +37,8 @@ type Kernel struct {
 var (
 	debianName = regexp.MustCompile(`^[a-z0-9][a-z0-9.+-]*$`)
 	imageDep   = regexp.MustCompile(`(?m)^\s*Depends: (linux-image-[0-9]\S*)$`)
-	// From 7.0 on, image and modules are packages of their own.
-	partDep = regexp.MustCompile(`(?m)^\s*Depends: <?(linux-(?:binary|modules)-[0-9]\S*?)>?$`)
+	// From 7.0 on, image, modules and the list of what is built in are packages of their own.
+	partDep = regexp.MustCompile(`(?m)^\s*Depends: <?(linux-(?:base|binary|modules)-[0-9]\S*?)>?$`)
 )
 
 // FetchKernel returns the kernel out of the cache, or fetches it by apt with

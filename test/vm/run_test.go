@@ -141,3 +141,26 @@ func TestUnknownModuleIsAnError(t *testing.T) {
 		t.Fatalf("got %v", err)
 	}
 }
+
+func TestRunKeepsADiskOfTheCallers(t *testing.T) {
+	k := fetchKernel(t)
+	disk := makeFile(t, 1<<20)
+	res, err := testvm.RunInKernel(t.Context(), testvm.Run{
+		Kernel: k, Modules: append(testvm.DefaultModules(), "virtio_scsi", "sd_mod"), Optional: []string{"no_such_module", "dm-mod"},
+		Disks: []testvm.ScratchDisk{{Path: disk}, {Size: 16 << 20, Bus: testvm.SCSI}},
+		Programs: []testvm.Program{
+			shell(t, "printf 'from the guest' | dd of=/dev/vda bs=512 conv=fsync,notrunc"),
+			shell(t, "blockdev --getsize64 /dev/sda | grep -qx 16777216"),
+			shell(t, "grep -q device-mapper /proc/devices"),
+		},
+	})
+	if err != nil || !slices.Equal(res.Exits, []int{0, 0, 0}) {
+		t.Fatalf("exits %v, %v\n%v", res.Exits, err, res.Log)
+	}
+	if !slices.Equal(res.Missing, []string{"no_such_module"}) {
+		t.Errorf("missing modules: %v", res.Missing)
+	}
+	if b, err := os.ReadFile(disk); err != nil || !strings.HasPrefix(string(b), "from the guest") {
+		t.Errorf("the file holds %.20q, %v", b, err)
+	}
+}

@@ -58,10 +58,19 @@ func matrix(ctx context.Context, args []string, out, progress io.Writer) int {
 	fs.StringVar(&o.epochs, "epochs", "", "epochs of each round (default: the test's own)")
 	fs.StringVar(&o.writes, "writes", "", "random writes per kind, as fast as fio can (default: one round at a gentle rate)")
 	fs.StringVar(&o.logs, "logs", filepath.Join("bin", "matrix"), "`folder` for the consoles and the table")
-	fs.DurationVar(&o.limit, "timeout", 20*time.Minute, "how long one guest may take")
+	fs.DurationVar(&o.limit, "timeout", 40*time.Minute, "how long one guest may take")
 	fs.StringVar(&o.accel, "accel", "", "`accelerator`, kvm or tcg (default: kvm if it works)")
+	again := fs.Bool("again", false, "run nothing: print the table of the consoles that are in the folder")
 	if err := fs.Parse(args); err != nil {
 		return 2
+	}
+	if *again {
+		all, err := readLogs(o.logs)
+		if err != nil {
+			_, _ = fmt.Fprintln(progress, "matrix:", err)
+			return 2
+		}
+		return report(all, o.logs, out, progress)
 	}
 	if fs.NArg() != 3 {
 		fs.Usage()
@@ -85,9 +94,14 @@ func matrix(ctx context.Context, args []string, out, progress io.Writer) int {
 		_, _ = fmt.Fprintf(progress, "%s in %s\n", r.summary(), time.Since(begin).Round(time.Second))
 		all = append(all, r)
 	}
+	return report(all, o.logs, out, progress)
+}
+
+// report prints the table, keeps it beside the consoles, and judges.
+func report(all []result, dir string, out, progress io.Writer) int {
 	table := render(all)
 	_, _ = io.WriteString(out, table)
-	if err := os.WriteFile(filepath.Join(o.logs, "table.txt"), []byte(table), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, "table.txt"), []byte(table), 0o600); err != nil {
 		_, _ = fmt.Fprintln(progress, "matrix:", err)
 		return 2
 	}

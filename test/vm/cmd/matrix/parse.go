@@ -101,6 +101,9 @@ func (c *cell) said(text string) {
 		}
 		return
 	}
+	if strings.HasPrefix(text, "cipher ") {
+		return
+	}
 	// The first complaint tells most.
 	if c.note == "" || strings.HasPrefix(text, "SKIP:") || strings.HasPrefix(text, "MISSED") && !strings.HasPrefix(c.note, "MISSED") {
 		c.note = strings.TrimPrefix(text, "SKIP: ")

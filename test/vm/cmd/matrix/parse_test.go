@@ -72,14 +72,16 @@ func TestParse(t *testing.T) {
 }
 
 func TestParseFindsFailures(t *testing.T) {
+	begun, _, _ := strings.Cut(goodLog, "=== RUN   TestTruth/md-linear")
 	for name, c := range map[string]struct {
 		log   string
 		exits []int
 		want  string // in the table
 	}{
 		"missed":        {strings.ReplaceAll(strings.Replace(goodLog, "missed=0", "missed=3", 1), "--- PASS: TestTruth/loop", "--- FAIL: TestTruth/loop"), []int{0, 1, 0}, "MISSED 3"},
+		"unknown":       {strings.ReplaceAll(strings.Replace(goodLog, "unknown=0", "unknown=2", 1), "--- PASS: TestTruth/loop", "--- FAIL: TestTruth/loop"), []int{0, 1, 0}, "UNKNOWN 2"},
 		"a broken test": {strings.Replace(goodLog, "    --- PASS: TestTruth/md-raid0", "    kinds_test.go:9: got nothing, want refused\n    --- FAIL: TestTruth/md-raid0", 1), []int{0, 1, 0}, "FAIL"},
-		"cut short":     {goodLog[:strings.Index(goodLog, "=== RUN   TestTruth/md-linear")], []int{0}, "UNFINISHED"},
+		"cut short":     {begun, []int{0}, "UNFINISHED"},
 		"other":         {strings.Replace(goodLog, "--- PASS: TestUnknownFirst", "--- FAIL: TestUnknownFirst", 1), []int{0, 0, 1}, "FAIL TestUnknownFirst"},
 		// A program that crashes after its last test.
 		"exit":         {goodLog, []int{0, 0, 2}, "ok"},
@@ -114,5 +116,12 @@ func TestParseKernel(t *testing.T) {
 		if s := strings.TrimSpace(got.Suite + " " + got.Package); s != want || (err != nil) != (want == "") {
 			t.Errorf("%q: %q, %v; want %q", spec, s, err, want)
 		}
+	}
+}
+
+func TestReadLog(t *testing.T) {
+	r := readLog("a-kernel", "TIDEMARK-RUN X kernel 6.1.0-56-amd64 up 3.2\r\n"+goodLog+"TIDEMARK-RUN X exit 2 0\r\nTIDEMARK-RUN X exit 3 0\r\n")
+	if r.release != "6.1.0-56-amd64" || len(r.exits) != 3 || !r.failed() || len(r.kinds) != 4 {
+		t.Errorf("a log without its end: %+v", r)
 	}
 }

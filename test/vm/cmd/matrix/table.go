@@ -27,7 +27,7 @@ func render(all []result) string {
 		}
 		_, _ = fmt.Fprintln(w)
 	}
-	row("KIND", func(r *result) string { return short(r) })
+	row("KIND", short)
 	for _, k := range kinds {
 		row(k, func(r *result) string { return r.grid(k) })
 	}
@@ -93,6 +93,10 @@ func (c *cell) says() string {
 	case "FAIL":
 		if m := c.numbers["missed"]; m != "" && m != "0" {
 			return "MISSED " + m
+		}
+		// Nothing was lost, but the tracker could not know, and would compare.
+		if u := c.numbers["unknown"]; u != "" && u != "0" {
+			return "UNKNOWN " + u
 		}
 		return "FAIL"
 	}
