@@ -10,6 +10,9 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+// CanUpgrade tells whether programs can be replaced without a gap on this kernel.
+func CanUpgrade() bool { return wholeCalls() }
+
 // upgrade replaces t's programs by this binary's, in a new generation, so that at every
 // moment one of the two marks in an epoch that counts:
 //
@@ -26,6 +29,12 @@ import (
 // installed in the tracker; after it, the next to come does what is left of 5. It returns t if the
 // upgrade has to wait or fails before 4, and t.Outdated says why.
 func (t *Tracker) upgrade() (*Tracker, error) {
+	if !CanUpgrade() {
+		// A call that began before the new programs were attached may be stopped before the old ones
+		// ran, until they have no device any more: a completion that nobody marks.
+		t.outdated = "this kernel can stop a tracepoint's call between its programs (7.0 and later): those of another version stay until the next start or `tidemark untrack --all`"
+		return t, nil
+	}
 	locks, err := lockSlots(t.dir)
 	defer locks.close()
 	if err != nil {
