@@ -2,7 +2,7 @@ package bpf
 
 // The same numbers stand in layout.h; TestLayoutMatchesHeader compares them.
 const (
-	layoutVersion  = 3
+	layoutVersion  = 4
 	maxDevices     = 256
 	places         = 1024
 	probes         = 16
