@@ -108,7 +108,11 @@ func TestFileUnknown(t *testing.T) {
 		}
 
 		// While a process holds the programs, they live on, but can't be believed.
-		if err := os.Remove(filepath.Join(pins, "files-"+fstype, "link-clean_1")); err != nil {
+		pinned, err := filepath.Glob(filepath.Join(pins, "gen-*", "files-"+fstype, "link-clean_1"))
+		if err != nil || len(pinned) != 1 {
+			t.Fatal(pinned, err)
+		}
+		if err := os.Remove(pinned[0]); err != nil {
 			t.Fatal(err)
 		}
 		d = changes(t, s, d.ID)
