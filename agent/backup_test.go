@@ -280,7 +280,29 @@ func scribbler(t *testing.T, dev string) *exec.Cmd {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
+	waitForWrites(t, dev)
 	return c
+}
+
+// waitForWrites returns when somebody is writing to the device: a process that was just
+// started may take longer to begin than a backup of an idle disk.
+func waitForWrites(t *testing.T, dev string) {
+	t.Helper()
+	stat := func() string {
+		b, err := os.ReadFile("/sys/block/" + filepath.Base(dev) + "/stat")
+		if err != nil || len(strings.Fields(string(b))) < 7 {
+			t.Fatalf("%s: %v", b, err)
+		}
+		return strings.Fields(string(b))[6] // sectors written
+	}
+	for was, changed := stat(), 0; changed < 3; time.Sleep(time.Millisecond) {
+		if now := stat(); now != was {
+			was, changed = now, changed+1
+		}
+		if t.Context().Err() != nil {
+			t.Fatal(t.Context().Err())
+		}
+	}
 }
 
 func TestBusyDiskIsRefusedUnlessAllowed(t *testing.T) {
@@ -290,8 +312,8 @@ func TestBusyDiskIsRefusedUnlessAllowed(t *testing.T) {
 		scribbler(t, b.dev)
 	}
 	b.job.Quiesce = agent.Quiesce{Kind: "none"}
-	if _, err := b.job.Run(t.Context()); !errors.Is(err, agent.ErrInUse) {
-		t.Fatalf("got %v, want %v", err, agent.ErrInUse)
+	if r, err := b.job.Run(t.Context()); !errors.Is(err, agent.ErrInUse) {
+		t.Fatalf("got %v, want %v; the point: %+v", err, agent.ErrInUse, r.Point)
 	}
 	b.job.AllowInconsistent = true
 	if r := b.run(t); r.Point.Consistency != store.None {
