@@ -36,9 +36,10 @@ const (
 	hdrClosedAt = 13
 	hdrLoss     = 14
 	hdrHostBase = 15 // and 16: hostNoEpoch, hostPassthrough when opened
-	hdrSectors  = 17 // sectors submitted, when opened; at close the difference
-	hdrLanded   = 18 // sectors completed, likewise
-	hdrKernel   = 19 // sectors that the kernel's own statistics counted, likewise
+	hdrSectors  = 17 // at close: sectors submitted while open
+	hdrLanded   = 18 // likewise: completed
+	hdrKernel   = 19 // likewise: counted by the kernel's own statistics
+	hdrBase     = 20 // and 2 more: the counts of the three when opened
 	hdrInstance = 44
 	hdrTracked  = 45  // when the device was registered
 	hdrCounting = 46  // 1: hdrKernel is known

@@ -381,11 +381,11 @@ func (r *Registration) begin(s shape) (*Epoch, error) {
 		e.close()
 		return nil, err
 	}
-	w[hdrSectors], w[hdrLanded] = counts.SubmitSectors, counts.CompleteSectors
+	w[hdrBase], w[hdrBase+1] = counts.SubmitSectors, counts.CompleteSectors
 	// After the programs' counts, as finish takes it before them: a write that is
 	// just being counted is never in the kernel's alone.
 	if n, ok := r.what.kernelSectors(); ok {
-		w[hdrKernel], w[hdrCounting] = n, 1
+		w[hdrBase+2], w[hdrCounting] = n, 1
 	}
 	e.pin = filepath.Join(r.t.slotDir(r.slot), epochName(s.n))
 	if err := e.m.Pin(e.pin); err != nil {
@@ -413,6 +413,14 @@ func (r *Registration) Prepare() error { return r.prepare(r.current.Granules()) 
 // complete: the kernel has waited for every program that could still mark in
 // it. It stays retained, also when this process dies, until Release.
 func (r *Registration) Swap() (*Epoch, error) {
+	// One whose losses could not be written down is not to be believed as it is.
+	for _, e := range r.retained {
+		if e.hdr(hdrClosed) == 0 {
+			if err := r.finish(e); err != nil {
+				return nil, err
+			}
+		}
+	}
 	c := r.current
 	next, err := r.begin(c.next())
 	if err != nil {
@@ -492,12 +500,12 @@ func (r *Registration) soFar(e *Epoch) (so soFar, err error) {
 	if err != nil {
 		return so, err
 	}
-	so.sectors = counts.SubmitSectors - e.hdr(hdrSectors)
-	so.landed = counts.CompleteSectors - e.hdr(hdrLanded)
+	so.sectors = counts.SubmitSectors - e.hdr(hdrBase)
+	so.landed = counts.CompleteSectors - e.hdr(hdrBase+1)
 	if so.counting = counting && e.hdr(hdrCounting) == 1; !so.counting {
 		return so, nil
 	}
-	so.kernel = kernel - e.hdr(hdrKernel)
+	so.kernel = kernel - e.hdr(hdrBase+2)
 	if countedAll(so.missed) && uncounted(so.kernel, so.sectors, so.landed, runtime.NumCPU()) {
 		so.loss |= LossUncounted
 	}
