@@ -13,7 +13,7 @@ const (
 	maxDiscards    = 1024
 	maxWriters     = 8192
 	heatRegions    = 1024
-	copies         = 3
+	copies         = 3 // of each program, at most
 	headerWords    = 64
 	hostWords      = 8
 	hdrTaint       = 0
@@ -68,7 +68,6 @@ type Broken uint32
 const (
 	BrokenNoSubmit   Broken = 1 << iota // submissions don't mark
 	BrokenNoComplete                    // completions don't mark
-	BrokenOneCopy                       // each program runs once
 	BrokenBlind                         // the programs see nothing
 )
 

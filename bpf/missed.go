@@ -7,7 +7,8 @@ import "slices"
 // __DECLARE_TRACE() use of __DO_TRACE_CALL() with SRCU-fast"), and they can be preempted.
 func wholeCalls() bool { return kernelBefore(7, 0) }
 
-// lostEvents tells whether every copy of a program may have missed the same event. window are
+// lostEvents tells whether every copy of a program may have missed the same event, which with one
+// copy is any. window are
 // the copies' misses while an epoch was open, ever those since they were attached.
 //
 // Where calls are whole, the grace period of a swap waits for the call of all copies, and an event
@@ -20,4 +21,13 @@ func lostEvents(window, ever []uint64, whole bool) bool {
 		return slices.Min(window) > 0
 	}
 	return slices.Max(window) > 0 && slices.Min(ever) > 0
+}
+
+// strayLanding tells whether a write may have been marked where another one lay, by what the only copy
+// has ever missed: a completion that it missed left an entry in the table of writes in flight, and if then the submission
+// of a bio at the same address was missed too, that one completes with the old entry, in whichever
+// epoch. It lasts until more copies take over, with a table of their own.
+func strayLanding(ever Misses, attached int) bool {
+	submissions, completions := slices.Index(programs, "bio_queue"), slices.Index(programs, "bio_complete")
+	return attached == 1 && ever[submissions*copies] > 0 && ever[completions*copies] > 0
 }

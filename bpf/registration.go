@@ -458,6 +458,9 @@ func (r *Registration) soFar(e *Epoch) (so soFar, err error) {
 			so.loss |= LossMissed
 		}
 	}
+	if strayLanding(ever, r.t.copies) {
+		so.loss |= LossMissed
+	}
 	if !r.t.intact() || e.hdr(hdrInstance) != r.t.instance {
 		so.loss |= LossDetached
 	}

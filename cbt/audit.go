@@ -70,10 +70,9 @@ func (s *Tracked) Marks(since ChangeID) (Bitmap, Evidence, error) {
 	}
 	dev := s.reg.Device()
 	bm := Bitmap{Words: live.Bitmap, Shift: s.reg.GranuleShift(), Size: dev.Size}
-	ids := s.tracker.LinkIDs()
 	ev := Evidence{
 		Method: "ebpf", Device: dev.Number(), Granule: s.Granule(), Size: dev.Size, DiskSeq: dev.DiskSeq,
-		Attached: s.tracker.Since(), LinkIDs: ids[:], Programs: bpf.ProgramNames(),
+		Attached: s.tracker.Since(), LinkIDs: s.tracker.LinkIDs(), Programs: bpf.ProgramNames(),
 	}
 	if ev.BootID, err = s.tracker.BootID(); err != nil {
 		return Bitmap{}, Evidence{}, err
@@ -85,6 +84,7 @@ func (s *Tracked) Marks(since ChangeID) (Bitmap, Evidence, error) {
 	}
 	why = append(append(why, live.Taint.Reasons()...), live.Loss.Reasons()...)
 	ev.addLive(live, current)
+	ev.Missed = s.tracker.Attached(live.Missed)
 	ev.Dirty = bm.count()
 	if len(why) > 0 {
 		return bm, ev, unproven(dev.Path, why)
@@ -109,7 +109,6 @@ func (v *Evidence) addLive(live bpf.Live, number uint64) {
 	v.Sectors += live.Sectors
 	v.Landed += live.Landed
 	v.addMisses(live.Missed)
-	v.Missed = live.Missed[:]
 }
 
 // Marked implements Auditor.

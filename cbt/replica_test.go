@@ -108,8 +108,9 @@ type replica struct {
 	id      cbt.ChangeID
 }
 
+// openReplica has a tracker that may miss events without being replaced.
 func openReplica(dir, pins, dev string) (*replica, func(), error) {
-	return openReplicaWith(bpf.Options{Dir: pins}, bpf.DefaultGranuleShift, dir, dev)
+	return openReplicaWith(bpf.Options{Dir: pins, Copies: 3}, bpf.DefaultGranuleShift, dir, dev)
 }
 
 func openReplicaWith(o bpf.Options, shift uint, dir, dev string) (*replica, func(), error) {

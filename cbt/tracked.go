@@ -109,8 +109,7 @@ func (s *Tracked) Changes(ctx context.Context, since ChangeID) (Delta, error) {
 		Method: "ebpf", Device: s.reg.Device().Number(), Closed: closed.Closed(), LastEpoch: closed.Last(), Granule: s.Granule(), Size: closed.Size(), DiskSeq: closed.DiskSeq(),
 		Attached: s.tracker.Since(),
 	}
-	ids := s.tracker.LinkIDs()
-	d.Evidence.LinkIDs, d.Evidence.Programs = ids[:], bpf.ProgramNames()
+	d.Evidence.LinkIDs, d.Evidence.Programs = s.tracker.LinkIDs(), bpf.ProgramNames()
 	if d.Evidence.BootID, err = s.tracker.BootID(); err != nil {
 		return Delta{}, err
 	}
@@ -219,7 +218,8 @@ func (v *Evidence) add(e *bpf.Epoch) {
 	v.addMisses(e.Missed())
 }
 
-// addMisses adds, per program, what the copy that missed least has missed.
+// addMisses adds, per program, what the copy that missed least has missed. Those that are not
+// attached have missed what the first has.
 func (v *Evidence) addMisses(missed bpf.Misses) {
 	programs := bpf.ProgramNames()
 	if v.LeastMisses == nil {
