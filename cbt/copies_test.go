@@ -277,3 +277,27 @@ func TestWritesInFlightAreGivenBack(t *testing.T) {
 		})
 	}
 }
+
+// The only copy missed a completion, which leaves an entry behind, and a submission: where a bio that
+// completes later wrote is uncertain until other programs take over, not in that epoch alone.
+func TestUnknownAfterMissesAtBothEnds(t *testing.T) {
+	needsUpgrade(t)
+	dev, pins := loopDevice(t, small, ""), pinDir(t)
+	var l lossy
+	o := bpf.Options{Dir: pins, Misses: l.misses}
+	s := open(t, o, dev)
+	id := changes(t, s, cbt.ChangeID{}).ID
+	l.extra[0], l.extra[6] = 1, 1
+	for range 3 {
+		d := changes(t, s, id)
+		wantUnknown(t, d, small, "dropped tracing events")
+		id = d.ID
+	}
+	_ = s.Close()
+	s = open(t, o, dev)
+	d := changes(t, s, id)
+	wantUnknown(t, d, small, "dropped tracing events") // up to the end of the old programs
+	if d = changes(t, s, d.ID); len(d.Unknown) > 0 {
+		t.Errorf("three copies: unknown because %v", d.Unknown)
+	}
+}
