@@ -8,8 +8,7 @@ import "slices"
 func wholeCalls() bool { return kernelBefore(7, 0) }
 
 // lostEvents tells whether every copy of a program may have missed the same event, which with one
-// copy is any. window are
-// the copies' misses while an epoch was open, ever those since they were attached.
+// copy is any. window are the copies' misses while an epoch was open, ever those since they were attached.
 //
 // Where calls are whole, the grace period of a swap waits for the call of all copies, and an event
 // lies in one window. Else a call may be stopped between two copies for any time: what another copy

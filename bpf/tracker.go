@@ -97,9 +97,8 @@ const (
 // Open adopts the tracker that is pinned, or attaches a new one if there is
 // none, or if what is pinned can't be trusted: then every device has to be
 // registered again. If only its programs are of another version than this binary's, they are
-// replaced without a gap, see [Tracker.Outdated]; so they are by more copies if one has missed an
-// event. It needs root. Errors wrap ErrPermission,
-// ErrNoBTF, ErrOldKernel, or ErrBusy while another process uses what can't be adopted.
+// replaced without a gap, see [Tracker.Outdated]; by more copies, if the only copy of one has missed
+// an event. It needs root. Errors wrap ErrPermission, ErrNoBTF, ErrOldKernel, or ErrBusy while another process uses what can't be adopted.
 func Open(o Options) (*Tracker, error) {
 	if o.Dir == "" {
 		o.Dir = DefaultDir

@@ -17,10 +17,12 @@ import (
 	"github.com/tidemark/tidemark/cbt"
 )
 
-// lossy is a seam that adds to what the kernel counts.
+// lossy is a seam: what was missed, in place of or besides what the kernel counts.
 type lossy struct{ extra bpf.Misses }
 
-func (l *lossy) misses(m bpf.Misses) bpf.Misses {
+func (l *lossy) instead(bpf.Misses) bpf.Misses { return l.extra }
+
+func (l *lossy) besides(m bpf.Misses) bpf.Misses {
 	for i := range m {
 		m[i] += l.extra[i]
 	}
@@ -70,7 +72,7 @@ func TestCopiesGrowAfterAMiss(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			dev, pins := loopDevice(t, small, ""), pinDir(t)
 			var l lossy
-			o := bpf.Options{Dir: pins, Misses: l.misses}
+			o := bpf.Options{Dir: pins, Misses: l.instead}
 			s := open(t, o, dev)
 			id := changes(t, s, cbt.ChangeID{}).ID
 			write(t, dev, 1<<20)
@@ -98,7 +100,7 @@ func TestCopiesGrowAfterAMiss(t *testing.T) {
 				adoptOnly bool
 				why       string
 			}{{true, "the next backup attaches more copies"}, {false, bpf.ErrBusy.Error()}} {
-				tr, err := bpf.Open(bpf.Options{Dir: pins, Misses: l.misses, AdoptOnly: c.adoptOnly})
+				tr, err := bpf.Open(bpf.Options{Dir: pins, Misses: l.instead, AdoptOnly: c.adoptOnly})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -143,7 +145,7 @@ func TestLeastMissesOfMergedEpochs(t *testing.T) {
 	needsUpgrade(t)
 	dev, pins := loopDevice(t, small, ""), pinDir(t)
 	var l lossy
-	o := bpf.Options{Dir: pins, Misses: l.misses}
+	o := bpf.Options{Dir: pins, Misses: l.instead}
 	s := open(t, o, dev)
 	id := changes(t, s, cbt.ChangeID{}).ID
 	l.extra[0] = 7
@@ -195,7 +197,7 @@ func truthSurvivesMoreCopies(t *testing.T, d target, pins string, missed int) {
 	}()
 	dir := t.TempDir()
 	var l lossy
-	o := bpf.Options{Dir: pins, Misses: l.misses}
+	o := bpf.Options{Dir: pins, Misses: l.besides}
 	stop := writers(t, d)
 	time.Sleep(2 * time.Second) // until fio has started its jobs
 	r, closeReplica, err := openReplicaWith(o, bpf.DefaultGranuleShift, dir, d.dev)
@@ -284,7 +286,7 @@ func TestUnknownAfterMissesAtBothEnds(t *testing.T) {
 	needsUpgrade(t)
 	dev, pins := loopDevice(t, small, ""), pinDir(t)
 	var l lossy
-	o := bpf.Options{Dir: pins, Misses: l.misses}
+	o := bpf.Options{Dir: pins, Misses: l.instead}
 	s := open(t, o, dev)
 	id := changes(t, s, cbt.ChangeID{}).ID
 	l.extra[0], l.extra[6] = 1, 1

@@ -73,8 +73,8 @@ type Evidence struct {
 	// KernelSectors is what the kernel's own statistics counted meanwhile, nil if they are turned
 	// off. More than was submitted and completed makes the epoch unknown.
 	KernelSectors *uint64 `json:"kernel_sectors,omitempty"`
-	// Earlier tells that part of it was marked by programs of another version, before an upgrade.
-	// They were attached to the end of their epochs; LinkIDs and Attached are those of now.
+	// Earlier tells that part of it was marked by programs of another version, or by fewer copies, before
+	// an upgrade. They were attached to the end of their epochs; LinkIDs and Attached are those of now.
 	Earlier bool `json:"earlier_programs,omitempty"`
 	// SavedState tells that the first epoch began in an earlier boot, and why it is believed.
 	SavedState  string    `json:"saved_state,omitempty"`
