@@ -252,7 +252,13 @@ func truthSurvivesMoreCopies(t *testing.T, d target, pins string, missed int) {
 func TestWritesInFlightAreGivenBack(t *testing.T) {
 	for _, copies := range []int{1, 2, 3} {
 		t.Run(fmt.Sprint(copies), func(t *testing.T) {
-			dev, pins := zramDevice(t, small), pinDir(t)
+			var dev string
+			if rwPage() == "" {
+				dev = zramDevice(t, small)
+			} else {
+				dev = delayDevice(t, small, time.Millisecond)
+			}
+			pins := pinDir(t)
 			s := open(t, bpf.Options{Dir: pins, Copies: copies}, dev)
 			id := changes(t, s, cbt.ChangeID{}).ID
 			for off := int64(0); off < small; off += 1 << 20 {
