@@ -5,9 +5,9 @@ import (
 	"time"
 )
 
-// firstCopies is how many copies of each program a tracker begins with. Each costs every write, and
-// where calls are whole a program hardly ever nests with itself: one is enough until it does. Where they are
-// not, misses are frequent and programs can't be replaced: it has to be all.
+// firstCopies is how many copies of each program a tracker begins with. Each costs every write, so where
+// calls are whole it is one, until it nests with itself. Where they are not, misses are frequent and
+// programs can't be replaced: it has to be all.
 func firstCopies(o Options, whole bool) int {
 	switch {
 	case o.Copies != 0:
