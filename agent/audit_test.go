@@ -236,7 +236,7 @@ func wantEvidence(t *testing.T, d agent.AuditedDisk, point string, forged int64)
 		t.Fatal(err)
 	}
 	boot, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if k := e.Tracker; e.Point != point || k.BootID != strings.ReplaceAll(strings.TrimSpace(string(boot)), "-", "") || len(k.LinkIDs) != len(bpf.Misses{}) || len(k.Missed) != len(bpf.Misses{}) || k.FirstEpoch == 0 || k.DiskSeq == 0 {
+	if k := e.Tracker; e.Point != point || k.BootID != strings.ReplaceAll(strings.TrimSpace(string(boot)), "-", "") || len(k.LinkIDs) == 0 || len(k.LinkIDs)%len(bpf.ProgramNames()) != 0 || len(k.Missed) != len(k.LinkIDs) || k.FirstEpoch == 0 || k.DiskSeq == 0 {
 		t.Errorf("%s", doc)
 	}
 	bins, _ := filepath.Glob(filepath.Join(d.Evidence, "disk-*.bin"))

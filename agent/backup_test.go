@@ -196,10 +196,10 @@ func TestUnknownEpochIsComparedAndSaysWhy(t *testing.T) {
 			}
 		}, "dropped tracing events"},
 		"detached": {func(t *testing.T, b *bench) {
-			if err := os.Remove(filepath.Join(b.pins, "gen-1", "link-bio_queue_2")); err != nil {
+			if err := os.Remove(filepath.Join(b.pins, "gen-1", "link-bio_queue_0")); err != nil {
 				t.Fatal(err)
 			}
-		}, "program bio_queue_2 was detached"},
+		}, "program bio_queue_0 was detached"},
 		"replaced": {func(t *testing.T, b *bench) {
 			for _, args := range [][]string{{"-d", b.dev}, {b.dev, b.file}} {
 				if out, err := exec.Command("losetup", args...).CombinedOutput(); err != nil {

@@ -72,7 +72,7 @@ static __always_inline void note(struct inode *inode, __u64 from, __u64 bytes, e
 	struct counters *c;
 	__u64 first, last, fresh = 0;
 
-	if (!f || (copy && broken & BROKEN_ONE_COPY))
+	if (!f)
 		return;
 	first = from >> f->granule_shift;
 	// What lies behind the end the file had is not in the bitmap: that it grew, its size

@@ -2,7 +2,7 @@ package bpf
 
 // The same numbers stand in layout.h; TestLayoutMatchesHeader compares them.
 const (
-	layoutVersion  = 4
+	layoutVersion  = 5
 	maxDevices     = 256
 	places         = 1024
 	probes         = 16
@@ -13,7 +13,7 @@ const (
 	maxDiscards    = 1024
 	maxWriters     = 8192
 	heatRegions    = 1024
-	copies         = 3
+	copies         = 3 // of each program, at most
 	headerWords    = 256
 	hostWords      = 8
 	hdrTaint       = 0
@@ -70,7 +70,6 @@ type Broken uint32
 const (
 	BrokenNoSubmit    Broken = 1 << iota // submissions don't mark
 	BrokenNoComplete                     // completions don't mark
-	BrokenOneCopy                        // each program runs once
 	BrokenBlind                          // the programs see nothing
 	BrokenNoWriteback                    // image files: writeback doesn't mark
 	BrokenNoDirect                       // image files: the end of direct I/O doesn't mark

@@ -6,7 +6,7 @@
 // them as long as a device is in use.
 #pragma once
 
-#define LAYOUT_VERSION 4
+#define LAYOUT_VERSION 5
 
 #define MAX_DEVICES 256 // slots
 #define PLACES 1024	// of the devices table, a power of two
@@ -16,7 +16,7 @@
 #define MAX_DISCARDS 1024
 #define MAX_WRITERS 8192
 #define HEAT_REGIONS 1024 // per slot
-#define COPIES 3
+#define COPIES 3 // of each program, at most
 
 // Keys of the devices table that are no device number.
 #define PLACE_FREE 0
@@ -50,7 +50,6 @@
 // Ways to break the tracker on purpose, so that tests can see it lose writes.
 #define BROKEN_NO_SUBMIT (1 << 0)   // submissions don't mark
 #define BROKEN_NO_COMPLETE (1 << 1) // completions don't mark
-#define BROKEN_ONE_COPY (1 << 2)    // copies 1 and 2 do nothing
-#define BROKEN_BLIND (1 << 3)	    // every copy returns at once
-#define BROKEN_NO_WRITEBACK (1 << 4) // image files: writeback doesn't mark
-#define BROKEN_NO_DIRECT (1 << 5)    // image files: the end of direct I/O doesn't mark
+#define BROKEN_BLIND (1 << 2)	    // every copy returns at once
+#define BROKEN_NO_WRITEBACK (1 << 3) // image files: writeback doesn't mark
+#define BROKEN_NO_DIRECT (1 << 4)    // image files: the end of direct I/O doesn't mark

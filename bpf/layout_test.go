@@ -26,7 +26,7 @@ func TestLayoutMatchesHeader(t *testing.T) {
 		"LAYOUT_VERSION": layoutVersion, "MAX_DEVICES": maxDevices, "MAX_INFLIGHT": maxInflight, "INFLIGHT_PROBES": inflightProbes, "MAX_DISCARDS": maxDiscards, "COPIES": copies,
 		"HEADER_WORDS": headerWords, "HDR_TAINT": hdrTaint, "HDR_NUMBER": hdrNumber, "HOST_WORDS": hostWords, "HOST_WRITERS": hostWriters, "HOST_NVME_OPS": hostNVMeOps,
 		"PLACES": places, "PROBES": probes, "PLACE_FREE": placeFree, "PLACE_GONE": placeGone, "MAX_WRITERS": maxWriters, "HEAT_REGIONS": heatRegions,
-		"BROKEN_NO_SUBMIT": uint64(BrokenNoSubmit), "BROKEN_NO_COMPLETE": uint64(BrokenNoComplete), "BROKEN_ONE_COPY": uint64(BrokenOneCopy), "BROKEN_BLIND": uint64(BrokenBlind),
+		"BROKEN_NO_SUBMIT": uint64(BrokenNoSubmit), "BROKEN_NO_COMPLETE": uint64(BrokenNoComplete), "BROKEN_BLIND": uint64(BrokenBlind),
 		"HOST_NO_EPOCH": hostNoEpoch, "HOST_PASSTHROUGH": hostPassthrough,
 		"TAINT_RANGE": uint64(TaintRange), "TAINT_BITMAP": uint64(TaintBitmap), "TAINT_INFLIGHT": uint64(TaintInflight),
 		"TAINT_PASSTHROUGH": uint64(TaintPassthrough), "TAINT_OPCODE": uint64(TaintOpcode), "TAINT_DISCARDS": uint64(TaintDiscards), "TAINT_UNSEEN": uint64(TaintUnseen),

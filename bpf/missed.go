@@ -7,8 +7,8 @@ import "slices"
 // __DECLARE_TRACE() use of __DO_TRACE_CALL() with SRCU-fast"), and they can be preempted.
 func wholeCalls() bool { return kernelBefore(7, 0) }
 
-// lostEvents tells whether every copy of a program may have missed the same event. window are
-// the copies' misses while an epoch was open, ever those since they were attached.
+// lostEvents tells whether every copy of a program may have missed the same event, which with one
+// copy is any. window are the copies' misses while an epoch was open, ever those since they were attached.
 //
 // Where calls are whole, the grace period of a swap waits for the call of all copies, and an event
 // lies in one window. Else a call may be stopped between two copies for any time: what another copy
@@ -20,4 +20,14 @@ func lostEvents(window, ever []uint64, whole bool) bool {
 		return slices.Min(window) > 0
 	}
 	return slices.Max(window) > 0 && slices.Min(ever) > 0
+}
+
+// strayLanding tells whether a write on a bio-based device may have been marked where another one
+// lay, by what the copies have ever missed: if the last of them missed a completion, its entry is
+// still in the table of writes in flight; and if then all of them missed the submission of a bio at the same
+// address, that one completes with the old entry, in whichever epoch. It lasts until other programs take
+// over, with a table of their own.
+func strayLanding(ever []uint64, attached int) bool {
+	submissions, completions := slices.Index(programs, "bio_queue")*copies, slices.Index(programs, "bio_complete")*copies
+	return ever[completions+attached-1] > 0 && slices.Min(ever[submissions:submissions+attached]) > 0
 }

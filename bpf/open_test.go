@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -44,7 +45,7 @@ func TestOpenAdoptsWhatIsPinned(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = second.Close() }()
-	if second.Fresh() != "" || second.LinkIDs() != first.LinkIDs() || !second.Since().Equal(first.Since()) {
+	if second.Fresh() != "" || !slices.Equal(second.LinkIDs(), first.LinkIDs()) || !second.Since().Equal(first.Since()) {
 		t.Errorf("adopted %v since %v (%s), want %v since %v", second.LinkIDs(), second.Since(), second.Fresh(), first.LinkIDs(), first.Since())
 	}
 }
@@ -61,7 +62,7 @@ func TestOpenBeginsAnewAfterAnInterruptedAttach(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = second.Close() }()
-	if second.Fresh() == "" || second.LinkIDs() == old {
+	if second.Fresh() == "" || slices.Equal(second.LinkIDs(), old) {
 		t.Errorf("adopted half a tracker: %q", second.Fresh())
 	}
 }

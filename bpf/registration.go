@@ -40,6 +40,9 @@ func (r *Registration) Target() Target { return r.what }
 // ProgramNames are the programs that see its writes, in the order of [Epoch.Missed].
 func (r *Registration) ProgramNames() []string { return r.programs.names() }
 
+// Present are, of the misses of all copies, those of the copies that are attached.
+func (r *Registration) Present(missed []uint64) []uint64 { return r.programs.present(missed) }
+
 // LinkIDs are the kernel's IDs of their links, copies of a program one after the other.
 func (r *Registration) LinkIDs() []uint32 { return slices.Clone(r.programs.links()) }
 
@@ -479,6 +482,9 @@ func (r *Registration) soFar(e *Epoch) (so soFar, err error) {
 		if lostEvents(so.missed[p*copies:(p+1)*copies], ever[p*copies:(p+1)*copies], r.programs.wholeCalls()) {
 			so.loss |= LossMissed
 		}
+	}
+	if r.programs.stray(ever) {
+		so.loss |= LossMissed
 	}
 	if !r.programs.intact() || e.hdr(hdrInstance) != r.programs.instanceID() {
 		so.loss |= LossDetached

@@ -32,6 +32,8 @@ type programSet interface {
 	instanceID() uint64
 	attached() time.Time
 	links() []uint32
+	present(missed []uint64) []uint64 // of the copies that are attached
+	stray(ever []uint64) bool         // see strayLanding
 }
 
 // LookupTarget describes the device or the image file at path. Errors wrap ErrNotBlock,
@@ -57,4 +59,7 @@ func (b blockPrograms) wholeCalls() bool    { return wholeCalls() }
 func (b blockPrograms) intact() bool        { return b.t.intact() }
 func (b blockPrograms) instanceID() uint64  { return b.t.instance }
 func (b blockPrograms) attached() time.Time { return b.t.since }
-func (b blockPrograms) links() []uint32     { return b.t.linkIDs[:] }
+func (b blockPrograms) links() []uint32     { return b.t.LinkIDs() }
+
+func (b blockPrograms) present(missed []uint64) []uint64 { return b.t.Attached(Misses(missed)) }
+func (b blockPrograms) stray(ever []uint64) bool         { return strayLanding(ever, b.t.copies) }

@@ -5,10 +5,10 @@
 // Marks every granule that a write touches, once when the write is submitted
 // and once when it completes, in the bitmap of the device's current epoch.
 //
-// Every event has three identical programs: the kernel drops a tracing program
+// Every event has up to three identical programs: the kernel drops a tracing program
 // that nests with itself on a CPU (prog->active in kernel/bpf/trampoline.c and
-// bpf_trace_run), so an event is lost only if all copies missed it. Copy 0 also
-// counts.
+// bpf_trace_run), so an event is lost only if all that are attached missed it. Copy 0
+// also counts.
 
 #include "mark.h"
 
@@ -16,6 +16,7 @@ char LICENSE[] SEC("license") = "GPL";
 
 // Set before loading.
 const volatile __u32 broken = 0; // BROKEN_*, in tests
+const volatile __u32 copies = COPIES; // that are attached, the first ones
 // Address of bio_chain_endio (block/bio.c), which ends the parts that were split off a
 // bio; 0 if userspace could not find it.
 const volatile __u64 chain_endio = 0;
@@ -297,18 +298,13 @@ static __always_inline int spread(const struct event *e, __u32 key)
 	return 1;
 }
 
-static __always_inline int sits_out(__u32 copy)
-{
-	return broken & BROKEN_BLIND || (copy && broken & BROKEN_ONE_COPY);
-}
-
 static __always_inline int on_queue(struct bio *bio, __u32 copy)
 {
 	struct event e = {.kind = SUBMIT, .op = bio->bi_opf & REQ_OP_MASK, .counts = copy == 0};
 	struct gendisk *disk;
 	__u32 key;
 
-	if (!op_writes(e.op) || sits_out(copy))
+	if (!op_writes(e.op) || broken & BROKEN_BLIND)
 		return 0;
 	disk = bio->bi_bdev->bd_disk;
 	key = disk_key(disk);
@@ -362,7 +358,7 @@ static __always_inline int on_rq_complete(struct request *rq, __u32 bytes, __u32
 	struct gendisk *disk;
 	int passthrough = e.op == REQ_OP_DRV_OUT;
 
-	if (sits_out(copy))
+	if (broken & BROKEN_BLIND)
 		return 0;
 	// Commands that carry no data count as reads, whatever they do: write zeroes,
 	// format, sanitize.
@@ -398,7 +394,7 @@ static __always_inline int on_bio_complete(struct bio *bio, __u32 copy)
 	struct range *r;
 	__u32 key;
 
-	if (!op_writes(e.op) || sits_out(copy))
+	if (!op_writes(e.op) || broken & BROKEN_BLIND)
 		return 0;
 	key = disk_key(bio->bi_bdev->bd_disk);
 	r = landing((__u64)bio);
@@ -421,7 +417,7 @@ static __always_inline int on_bio_complete(struct bio *bio, __u32 copy)
 	spread(&e, key);
 	// The copies run in the order they were attached; the others need the entry
 	// until the last has seen it.
-	if (r && copy == (broken & BROKEN_ONE_COPY ? 0 : COPIES - 1))
+	if (r && copy == copies - 1)
 		r->bio = 0;
 	return 0;
 }

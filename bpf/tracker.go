@@ -19,11 +19,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// programs are the tracepoint programs, each of which is attached copies times.
+// programs are the tracepoint programs, each of which is attached copies times at most.
 var programs = []string{"bio_queue", "rq_complete", "bio_complete"}
 
 // Misses counts, per program and copy, the events the kernel did not give it:
-// index program*copies + copy, programs in the order of [ProgramNames].
+// index program*copies + copy, programs in the order of [ProgramNames]. A copy that is not
+// attached has missed what the first one has.
 type Misses [9]uint64
 
 // ProgramNames are the tracking programs in the order of Misses.
@@ -35,6 +36,9 @@ type Options struct {
 	Dir string
 	// AdoptOnly makes Open fail with ErrNotAttached where it would attach.
 	AdoptOnly bool
+	// Copies of each program to attach, 1 to 3; 0 in all other use than tests: one until it
+	// has missed an event.
+	Copies int
 	// Broken loads programs that lose writes. Zero in all other use than tests.
 	Broken Broken
 	// Misses replaces the reading of the kernel's counters: the seam
@@ -66,6 +70,8 @@ type Tracker struct {
 	object   uint64 // hash of what is attached
 	instance uint64
 	linkIDs  [9]uint32
+	copies   int // attached of each program
+	grown    string
 	since    time.Time
 	fresh    string
 	began    string
@@ -85,16 +91,19 @@ const (
 	metaSince    = 4
 	metaLinks    = 5  // 9 words
 	metaObject   = 17 // hash of the object that was loaded
+	metaCopies   = 18 // attached of each program; 0, of versions that knew no other number: all
 	metaWords    = 32
 	metaWhy      = metaWords // why it was attached: text, ended by a zero
 	metaWhyWords = 64
+	metaGrown    = metaWhy + metaWhyWords // likewise why there is more than one copy
+	metaEnd      = metaGrown + 32
 )
 
 // Open adopts the tracker that is pinned, or attaches a new one if there is
 // none, or if what is pinned can't be trusted: then every device has to be
 // registered again. If only its programs are of another version than this binary's, they are
-// replaced without a gap, see [Tracker.Outdated]. It needs root. Errors wrap ErrPermission,
-// ErrNoBTF, ErrOldKernel, or ErrBusy while another process uses what can't be adopted.
+// replaced without a gap, see [Tracker.Outdated]; by more copies, if the only copy of one has missed
+// an event. It needs root. Errors wrap ErrPermission, ErrNoBTF, ErrOldKernel, or ErrBusy while another process uses what can't be adopted.
 func Open(o Options) (*Tracker, error) {
 	if o.Dir == "" {
 		o.Dir = DefaultDir
@@ -125,14 +134,22 @@ func Open(o Options) (*Tracker, error) {
 	t := newTracker(o, 0)
 	err = t.adopt()
 	if err == nil {
-		if t.object == objectHash(o) {
+		n, why, err := t.grow()
+		if err != nil {
+			t.closeAll()
+			return nil, err
+		}
+		if t.object == objectHash(o, n) {
 			return t, nil
 		}
 		if o.AdoptOnly {
 			t.outdated = "the tracker's programs are of another version: the next backup replaces them"
+			if n > t.copies {
+				t.outdated = "a tracking program of which there is one copy has missed events: the next backup attaches more copies"
+			}
 			return t, nil
 		}
-		return t.upgrade()
+		return t.upgrade(n, why)
 	}
 	t.closeAll()
 	var not notAdoptable
@@ -162,7 +179,7 @@ func (t *Tracker) replace() error {
 	if err := clearDir(t.dir); err != nil {
 		return err
 	}
-	t.gen = 1
+	t.gen, t.copies = 1, max(t.copies, firstCopies(t.options, wholeCalls()))
 	if err := t.build(); err != nil {
 		return fmt.Errorf("attach the tracker: %w", err)
 	}
@@ -187,8 +204,9 @@ func (t *Tracker) Fresh() string { return t.fresh }
 // that were tracked before that have to be registered again.
 func (t *Tracker) Began() string { return t.began }
 
-// Outdated says why programs of another version are still in use, or is empty. They are as
-// good: a version whose programs may not be believed any more has another layout.
+// Outdated says why programs of another version, or too few copies, are still in use, or is empty. They
+// are as good: a version whose programs may not be believed any more has another layout, and what
+// the copies there are have missed is known.
 func (t *Tracker) Outdated() string { return t.outdated }
 
 // Since is when the programs were attached.
@@ -200,8 +218,12 @@ func (t *Tracker) BootID() (string, error) {
 	return hex.EncodeToString(id[:]), err
 }
 
-// LinkIDs are the kernel's IDs of the links, in the order of Misses.
-func (t *Tracker) LinkIDs() [9]uint32 { return t.linkIDs }
+// LinkIDs are the kernel's IDs of the links that are attached, in the order of Misses.
+func (t *Tracker) LinkIDs() []uint32 {
+	var out []uint32
+	t.each(func(i int) bool { out = append(out, t.linkIDs[i]); return true })
+	return out
+}
 
 // Close releases this process' descriptors. Tracking goes on.
 func (t *Tracker) Close() error {
@@ -292,11 +314,12 @@ type notAdoptable string
 
 func (n notAdoptable) Error() string { return string(n) }
 
-// objectHash tells one version of the programs from another.
-func objectHash(o Options) uint64 {
-	var seams [8]byte
+// objectHash tells one version of the programs from another, and one number of copies.
+func objectHash(o Options, copies int) uint64 {
+	var seams [12]byte
 	binary.BigEndian.PutUint32(seams[:], uint32(o.Broken))
 	binary.BigEndian.PutUint32(seams[4:], o.Variant)
+	binary.BigEndian.PutUint32(seams[8:], uint32(copies))
 	h := sha256.Sum256(slices.Concat(seams[:], _TrackerBytes, _FilesBytes))
 	return binary.BigEndian.Uint64(h[:])
 }
@@ -324,7 +347,16 @@ func (t *Tracker) load() error {
 		return notAdoptable("the pinned tracker is of another boot")
 	}
 	t.object = m.words[metaObject]
-	t.began = textOf(m.words[min(metaWhy, len(m.words)):])
+	t.began = textOf(m.words[min(metaWhy, len(m.words)):min(metaGrown, len(m.words))])
+	t.grown = textOf(m.words[min(metaGrown, len(m.words)):])
+	switch n := m.words[metaCopies]; {
+	case n > copies:
+		return notAdoptable("the pinned tracker has another map layout")
+	case n == 0:
+		t.copies = copies
+	default:
+		t.copies = int(n)
+	}
 	t.instance = m.words[metaInstance]
 	t.since = time.Unix(0, int64(m.words[metaSince]))
 	for name, p := range t.mapNames() {
@@ -336,27 +368,38 @@ func (t *Tracker) load() error {
 			return fmt.Errorf("map %s: %w", name, err)
 		}
 	}
-	for i := range t.links {
+	t.each(func(i int) bool {
 		t.linkIDs[i] = uint32(m.words[metaLinks+i])
-		t.links[i], err = link.LoadPinnedLink(t.pin("link-"+programName(i)), nil)
-		if errors.Is(err, os.ErrNotExist) {
-			return notAdoptable("program " + programName(i) + " was detached")
-		}
-		if err != nil {
-			return fmt.Errorf("link of %s: %w", programName(i), err)
-		}
-		info, err := t.links[i].Info()
-		if err != nil {
-			return fmt.Errorf("link of %s: %w", programName(i), err)
-		}
-		if uint32(info.ID) != t.linkIDs[i] {
-			return notAdoptable("program " + programName(i) + " was detached and attached again")
-		}
-		if t.progs[i], err = ebpf.NewProgramFromID(info.Program); err != nil {
-			return fmt.Errorf("program %s: %w", programName(i), err)
-		}
+		err = t.loadLink(i)
+		return err == nil
+	})
+	if err != nil {
+		return err
 	}
 	return t.mapShared()
+}
+
+// loadLink finds the pinned link of program i to be the one with the ID that was written down.
+func (t *Tracker) loadLink(i int) error {
+	var err error
+	t.links[i], err = link.LoadPinnedLink(t.pin("link-"+programName(i)), nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return notAdoptable("program " + programName(i) + " was detached")
+	}
+	if err != nil {
+		return fmt.Errorf("link of %s: %w", programName(i), err)
+	}
+	info, err := t.links[i].Info()
+	if err != nil {
+		return fmt.Errorf("link of %s: %w", programName(i), err)
+	}
+	if uint32(info.ID) != t.linkIDs[i] {
+		return notAdoptable("program " + programName(i) + " was detached and attached again")
+	}
+	if t.progs[i], err = ebpf.NewProgramFromID(info.Program); err != nil {
+		return fmt.Errorf("program %s: %w", programName(i), err)
+	}
+	return nil
 }
 
 // mapShared maps what is shared with the programs.
@@ -392,6 +435,14 @@ func (t *Tracker) build() error {
 	if err := spec.Variables["broken"].Set(uint32(t.options.Broken)); err != nil {
 		return fmt.Errorf("set broken: %w", err)
 	}
+	if err := spec.Variables["copies"].Set(uint32(t.copies)); err != nil {
+		return fmt.Errorf("set copies: %w", err)
+	}
+	for i := range t.progs {
+		if i%copies >= t.copies {
+			delete(spec.Programs, programName(i))
+		}
+	}
 	coll, err := ebpf.NewCollection(spec)
 	if err != nil {
 		return fmt.Errorf("load: %w", err)
@@ -407,7 +458,7 @@ func (t *Tracker) build() error {
 		}
 	}
 	// In order of copies: the last copy of an event drops what the others need.
-	for c := range copies {
+	for c := range t.copies {
 		for p := range programs {
 			if err := t.attachProgram(coll, p*copies+c); err != nil {
 				return err
@@ -417,7 +468,7 @@ func (t *Tracker) build() error {
 	if err := t.attachWriters(coll); err != nil {
 		return err
 	}
-	t.instance, t.since, t.object = random64(), time.Now(), objectHash(t.options)
+	t.instance, t.since, t.object = random64(), time.Now(), objectHash(t.options, t.copies)
 	return t.mapShared()
 }
 
@@ -425,7 +476,7 @@ func (t *Tracker) build() error {
 func (t *Tracker) publish(why string) error {
 	var err error
 	t.meta, err = ebpf.NewMap(&ebpf.MapSpec{
-		Name: "tidemark_meta", Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: metaWords + metaWhyWords, Flags: unix.BPF_F_MMAPABLE,
+		Name: "tidemark_meta", Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: metaEnd, Flags: unix.BPF_F_MMAPABLE,
 	})
 	if err != nil {
 		return fmt.Errorf("meta map: %w", err)
@@ -447,7 +498,9 @@ func (t *Tracker) publish(why string) error {
 	for i, id := range t.linkIDs {
 		m.words[metaLinks+i] = uint64(id)
 	}
-	putText(m.words[metaWhy:], why)
+	m.words[metaCopies] = uint64(t.copies)
+	putText(m.words[metaWhy:metaGrown], why)
+	putText(m.words[metaGrown:metaEnd], t.grown)
 	t.began = why
 	m.words[metaMagic] = headerMagic
 	if err := t.meta.Pin(t.pin(pinMeta)); err != nil {
@@ -514,34 +567,40 @@ func (t *Tracker) attachProgram(coll *ebpf.Collection, i int) error {
 // intact tells whether every link that was adopted is still the pinned one.
 // A link whose pin was removed lives only as long as this process.
 func (t *Tracker) intact() bool {
-	for i, id := range t.linkIDs {
+	intact := true
+	t.each(func(i int) bool {
 		l, err := link.LoadPinnedLink(t.pin("link-"+programName(i)), nil)
 		if err != nil {
+			intact = false
 			return false
 		}
 		info, err := l.Info()
 		_ = l.Close()
-		if err != nil || uint32(info.ID) != id {
-			return false
-		}
-	}
-	return true
+		intact = err == nil && uint32(info.ID) == t.linkIDs[i]
+		return intact
+	})
+	return intact
 }
 
 // Misses are the events each program has missed since it was attached
 // (bpf_prog_info.recursion_misses).
-func (t *Tracker) Misses() (Misses, error) {
-	var m Misses
-	for i, p := range t.progs {
-		s, err := p.Stats()
-		if err != nil {
-			return m, fmt.Errorf("statistics of %s: %w", programName(i), err)
+func (t *Tracker) Misses() (m Misses, err error) {
+	t.each(func(i int) bool {
+		var s *ebpf.ProgramStats
+		if s, err = t.progs[i].Stats(); err != nil {
+			err = fmt.Errorf("statistics of %s: %w", programName(i), err)
+			return false
 		}
 		m[i] = s.RecursionMisses
+		return true
+	})
+	if err != nil {
+		return m, err
 	}
 	if t.options.Misses != nil {
 		m = t.options.Misses(m)
 	}
+	m.fill(t.copies)
 	return m, nil
 }
 

@@ -91,6 +91,7 @@ const (
 	trackerProgRqComplete2  = "rq_complete_2"
 	trackerVarBroken        = "broken"
 	trackerVarChainEndio    = "chain_endio"
+	trackerVarCopies        = "copies"
 )
 
 // loadTracker returns the embedded CollectionSpec for tracker.
@@ -166,6 +167,7 @@ type trackerMapSpecs struct {
 type trackerVariableSpecs struct {
 	Broken     *ebpf.VariableSpec `ebpf:"broken"`
 	ChainEndio *ebpf.VariableSpec `ebpf:"chain_endio"`
+	Copies     *ebpf.VariableSpec `ebpf:"copies"`
 }
 
 // trackerObjects contains all objects after they have been loaded into the kernel.
@@ -215,6 +217,7 @@ func (m *trackerMaps) Close() error {
 type trackerVariables struct {
 	Broken     *ebpf.Variable `ebpf:"broken"`
 	ChainEndio *ebpf.Variable `ebpf:"chain_endio"`
+	Copies     *ebpf.Variable `ebpf:"copies"`
 }
 
 // trackerPrograms contains all programs after they have been loaded into the kernel.

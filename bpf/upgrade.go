@@ -13,7 +13,8 @@ import (
 // CanUpgrade tells whether programs can be replaced without a gap on this kernel.
 func CanUpgrade() bool { return wholeCalls() }
 
-// upgrade replaces t's programs by this binary's, in a new generation, so that at every
+// upgrade replaces t's programs by n copies of this binary's, for the reason why if they are
+// more than t's, in a new generation, so that at every
 // moment one of the two marks in an epoch that counts:
 //
 //  1. build: the new programs are attached, with maps of their own and no device.
@@ -28,7 +29,7 @@ func CanUpgrade() bool { return wholeCalls() }
 // A process that dies before 4 leaves a generation that is cleared away, and epochs that were never
 // installed in the tracker; after it, the next to come does what is left of 5. It returns t if the
 // upgrade has to wait or fails before 4, and t.Outdated says why.
-func (t *Tracker) upgrade() (*Tracker, error) {
+func (t *Tracker) upgrade(n int, why string) (*Tracker, error) {
 	if !CanUpgrade() {
 		// A call that began before the new programs were attached may be stopped before the old ones
 		// ran, until they have no device any more: a completion that nobody marks.
@@ -43,6 +44,7 @@ func (t *Tracker) upgrade() (*Tracker, error) {
 		return t, nil
 	}
 	next := newTracker(t.options, t.gen+1)
+	next.copies, next.grown = n, why
 	next.step("build")
 	err = next.build()
 	var begun []*Epoch

@@ -84,6 +84,7 @@ func (s *Tracked) Marks(since ChangeID) (Bitmap, Evidence, error) {
 	}
 	why = append(append(why, live.Taint.Reasons()...), live.Loss.Reasons()...)
 	ev.addLive(live, current)
+	ev.Missed = s.reg.Present(live.Missed)
 	ev.Dirty = bm.count()
 	if len(why) > 0 {
 		return bm, ev, unproven(s.reg.Target().Label(), why)
@@ -108,7 +109,6 @@ func (v *Evidence) addLive(live bpf.Live, number uint64) {
 	v.Sectors += live.Sectors
 	v.Landed += live.Landed
 	v.addMisses(live.Missed)
-	v.Missed = live.Missed
 }
 
 // Marked implements Auditor.

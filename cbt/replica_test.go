@@ -110,8 +110,9 @@ type replica struct {
 	buffered bool // read through the page cache
 }
 
+// openReplica has a tracker that may miss events without being replaced.
 func openReplica(dir, pins, dev string) (*replica, func(), error) {
-	return openReplicaWith(bpf.Options{Dir: pins}, bpf.DefaultGranuleShift, dir, dev)
+	return openReplicaWith(bpf.Options{Dir: pins, Copies: 3}, bpf.DefaultGranuleShift, dir, dev)
 }
 
 func openReplicaWith(o bpf.Options, shift uint, dir, dev string) (*replica, func(), error) {

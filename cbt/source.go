@@ -80,15 +80,15 @@ type Evidence struct {
 	// KernelSectors is what the kernel's own statistics counted meanwhile, nil if they are turned
 	// off. More than was submitted and completed makes the epoch unknown.
 	KernelSectors *uint64 `json:"kernel_sectors,omitempty"`
-	// Earlier tells that part of it was marked by programs of another version, before an upgrade.
-	// They were attached to the end of their epochs; LinkIDs and Attached are those of now.
+	// Earlier tells that part of it was marked by programs of another version, or by fewer copies, before
+	// an upgrade. They were attached to the end of their epochs; LinkIDs and Attached are those of now.
 	Earlier bool `json:"earlier_programs,omitempty"`
 	// SavedState tells that the first epoch began in an earlier boot, and why it is believed.
 	SavedState  string    `json:"saved_state,omitempty"`
 	BootID      string    `json:"boot_id,omitempty"`
 	Attached    time.Time `json:"attached,omitzero"`
 	Programs    []string  `json:"programs,omitempty"`     // in the order of LeastMisses
-	LinkIDs     []uint32  `json:"link_ids,omitempty"`     // of each program and copy
+	LinkIDs     []uint32  `json:"link_ids,omitempty"`     // of each program and copy that is attached
 	LeastMisses []uint64  `json:"least_misses,omitempty"` // per program, the copy that missed least: all 0 or the epoch is unknown
-	Missed      []uint64  `json:"missed,omitempty"`       // of an audit: per program and copy, in the current epoch
+	Missed      []uint64  `json:"missed,omitempty"`       // of an audit: per program and copy that is attached, in the current epoch
 }

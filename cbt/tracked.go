@@ -281,7 +281,8 @@ func (v *Evidence) add(e *bpf.Epoch) {
 	v.addMisses(e.Missed())
 }
 
-// addMisses adds, per program, what the copy that missed least has missed.
+// addMisses adds, per program, what the copy that missed least has missed. Those
+// that are not attached have missed what the first has.
 func (v *Evidence) addMisses(missed []uint64) {
 	if v.LeastMisses == nil {
 		v.LeastMisses = make([]uint64, len(v.Programs))

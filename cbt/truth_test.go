@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -62,11 +63,15 @@ func truthLimits(t *testing.T) (epochs int, limit time.Duration, writes uint64) 
 
 func testTruth(t *testing.T, d target) {
 	dir, pins := t.TempDir(), pinDir(t)
-	r, closeReplica, err := openReplica(dir, pins, d.dev)
-	if err != nil {
-		t.Fatal(err)
+	open := func() (*replica, func()) {
+		r, closeReplica, err := openReplicaWith(bpf.Options{Dir: pins}, bpf.DefaultGranuleShift, dir, d.dev)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r, closeReplica
 	}
-	defer closeReplica()
+	r, closeReplica := open()
+	defer func() { closeReplica() }()
 	epochs, limit, writes := truthLimits(t)
 	var n tally
 	var changed, sectors int64
@@ -82,7 +87,15 @@ func testTruth(t *testing.T, d target) {
 		if err != nil {
 			t.Fatalf("epoch %d: %v", all, err)
 		}
-		if all > 0 && len(x.Unknown) > 0 {
+		if r.tracker.Copies() == 1 && slices.ContainsFunc(x.Evidence.LeastMisses, func(n uint64) bool { return n > 0 }) {
+			// As the next backup would. What the old programs missed up to their end is in one more delta.
+			t.Logf("epoch %d: the only copy of a program missed events: %v", all, x.Evidence.LeastMisses)
+			closeReplica()
+			r, closeReplica = open()
+			if _, err = r.step(t.Context()); err != nil || r.tracker.Copies() == 1 {
+				t.Fatalf("%d copies, %v", r.tracker.Copies(), err)
+			}
+		} else if all > 0 && len(x.Unknown) > 0 {
 			unknown++
 			t.Errorf("epoch %d is unknown: %v (least misses of %v: %v)", all, x.Unknown, bpf.ProgramNames(), x.Evidence.LeastMisses)
 		}

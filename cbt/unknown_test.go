@@ -104,7 +104,7 @@ func TestUnknownFirst(t *testing.T) {
 
 func TestUnknownAfterDetach(t *testing.T) {
 	dev, pins := loopDevice(t, small, ""), pinDir(t)
-	s := open(t, bpf.Options{Dir: pins}, dev)
+	s := open(t, bpf.Options{Dir: pins, Copies: 3}, dev)
 	id := changes(t, s, cbt.ChangeID{}).ID
 
 	// While a process holds the tracker, the link lives on, but can't be believed.
@@ -127,7 +127,7 @@ func TestUnknownAfterDetach(t *testing.T) {
 func TestUnknownAfterMissedEvents(t *testing.T) {
 	dev := loopDevice(t, small, "")
 	var extra bpf.Misses
-	s := open(t, bpf.Options{Dir: pinDir(t), Misses: func(m bpf.Misses) bpf.Misses {
+	s := open(t, bpf.Options{Dir: pinDir(t), Copies: 3, Misses: func(m bpf.Misses) bpf.Misses {
 		for i := range m {
 			m[i] += extra[i]
 		}

@@ -97,7 +97,7 @@ func truthSurvivesUpgrade(t *testing.T, d target) {
 	}
 	var changed int64
 	for n := range upgrades {
-		o := bpf.Options{Dir: pins, Variant: uint32(n)}
+		o := bpf.Options{Dir: pins, Variant: uint32(n), Copies: 3}
 		for i, dev := range devs {
 			if n > 0 && n%5 == 0 {
 				continue // several upgrades in one delta
@@ -126,7 +126,7 @@ func truthSurvivesUpgrade(t *testing.T, d target) {
 		if err := syncDevice(dev); err != nil {
 			t.Fatal(err)
 		}
-		if d, err := stepUnder(t.Context(), bpf.Options{Dir: pins, Variant: uint32(upgrades)}, dirs[i], dev); err != nil || len(d.Unknown) > 0 {
+		if d, err := stepUnder(t.Context(), bpf.Options{Dir: pins, Variant: uint32(upgrades), Copies: 3}, dirs[i], dev); err != nil || len(d.Unknown) > 0 {
 			t.Errorf("the last epoch: %v, unknown because %v", err, d.Unknown)
 		}
 		if at := differing(t, dirs[i], dev, 64<<10); len(at) > 0 {

@@ -15,7 +15,7 @@ func describe(name, help string, labels ...string) *prometheus.Desc {
 
 var (
 	attachedDesc = describe("attached", "1 if the tracking programs are attached on this host.")
-	missedDesc   = describe("missed_events_total", "Events that the kernel did not give to one copy of a program. Only what all three copies miss is lost.", "program", "copy")
+	missedDesc   = describe("missed_events_total", "Events that the kernel did not give to one copy of a program. Only what all copies of a program miss is lost.", "program", "copy")
 	lostDesc     = describe("lost_events_total", "Events that could not be attributed to a device.", "what")
 	writesDesc   = describe("writes_total", "Writes submitted to the device.", "device")
 	bytesDesc    = describe("written_bytes_total", "Bytes submitted for writing.", "device")
@@ -50,6 +50,9 @@ func (m trackerMetrics) Collect(out chan<- prometheus.Metric) {
 		names := bpf.ProgramNames()
 		per := len(missed) / len(names)
 		for i, n := range missed {
+			if i%per >= tr.Copies() {
+				continue // not attached
+			}
 			send(missedDesc, prometheus.CounterValue, float64(n), names[i/per], string(rune('0'+i%per)))
 		}
 	}

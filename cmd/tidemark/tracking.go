@@ -249,11 +249,15 @@ func newStatus(g *globals) *cobra.Command {
 		Args:  args(0, 0),
 		RunE: func(c *cobra.Command, _ []string) (err error) {
 			rows := []trackedDevice{}
-			outdated := ""
+			var notes []string
 			tr, err := bpf.Open(bpf.Options{Dir: g.pins, AdoptOnly: true})
 			if err == nil {
 				defer func() { err = errors.Join(err, tr.Close()) }()
-				outdated = tr.Outdated()
+				for _, note := range []string{tr.Grown(), tr.Outdated()} {
+					if note != "" {
+						notes = append(notes, note)
+					}
+				}
 				all, err := tr.Status()
 				if err != nil {
 					return err
@@ -280,10 +284,12 @@ func newStatus(g *globals) *cobra.Command {
 				t.row(r.Device, size(r.Size), size(r.Granule), fmt.Sprint(r.Epoch), size(r.Dirty), fmt.Sprint(r.Writes),
 					size(int64(r.Bytes)), size(r.Memory), r.Since, state)
 			}
-			if err := t.flush(); err != nil || outdated == "" {
-				return err
+			err = t.flush()
+			for _, note := range notes {
+				if err == nil {
+					_, err = fmt.Fprintln(c.OutOrStdout(), note)
+				}
 			}
-			_, err = fmt.Fprintln(c.OutOrStdout(), outdated)
 			return err
 		},
 	}

@@ -164,7 +164,7 @@ func TestAgentServesMetrics(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{`tidemark_last_point_timestamp_seconds{vm="vm"}`, `tidemark_backup_failures_total{vm="vm"} 0`, `tidemark_read_bytes_total{vm="vm"}`,
-		"tidemark_tracker_attached 1", `tidemark_tracker_missed_events_total{copy="2",program="bio_queue"} `, `tidemark_tracker_unknown{device="`} {
+		"tidemark_tracker_attached 1", `tidemark_tracker_missed_events_total{copy="0",program="bio_queue"} `, `tidemark_tracker_unknown{device="`} {
 		if !strings.Contains(string(body), want) {
 			t.Errorf("metrics lack %s", want)
 		}

@@ -42,6 +42,7 @@ var checks = []check{
 	{"two kills, merged epochs", []string{"WRITES=2", "SWAPS=4", "KILLS=2", "RETAINED=1"}, ""},
 	{"backups to two repositories", []string{"WRITES=2", "SWAPS=3", "KILLS=1", "FOREIGN=1", "RETAINED=1"}, ""},
 	{"lost events, a kill", []string{"WRITES=1", "SWAPS=3", "KILLS=1", "COPIES=3", "MISSES=3"}, ""},
+	{"lost events, one copy, a kill", []string{"WRITES=1", "SWAPS=3", "KILLS=1", "COPIES=1", "MISSES=2"}, ""},
 	{"lost events, two writers", []string{"WRITES=2", "SWAPS=2", "KILLS=0", "COPIES=2", "MISSES=2"}, ""},
 	{"lost events on a device that completes bios", []string{"WRITES=1", "SWAPS=3", "KILLS=0", "COPIES=3", "MISSES=4", "BIO"}, ""},
 	{"a write in flight when tracking begins", []string{"WRITES=2", "SWAPS=3", "KILLS=1", "BEGINNING"}, ""},
