@@ -118,6 +118,16 @@ type Mismatch struct {
 	data   []byte
 }
 
+// compared tells whether something can be said of every disk.
+func (r AuditResult) compared() bool {
+	for _, d := range r.Disks {
+		if d.Problem != "" && d.Mismatched == 0 || d.Good == 0 && d.Mismatched == 0 && d.Unchanged > 0 {
+			return false
+		}
+	}
+	return len(r.Disks) > 0
+}
+
 // GrainMismatch is the part of a Mismatch that one grain of the repository stands for.
 type GrainMismatch struct {
 	Off   int64      `json:"off"`
@@ -161,6 +171,10 @@ func (a Audit) Run(ctx context.Context) (AuditResult, error) {
 			d.out.Path = a.Disks[i]
 		}
 		d.rand = rand.New(rand.NewPCG(a.Seed, uint64(i)))
+		if !a.Until.IsZero() {
+			// Each disk has its part of the time: else the last ones were never audited.
+			d.until = time.Now().Add(time.Until(a.Until) / time.Duration(len(p.Disks)-i))
+		}
 		if err := d.run(ctx); err != nil {
 			d.out.Problem = err.Error()
 			errs = append(errs, err)

@@ -30,6 +30,7 @@ type diskAudit struct {
 	disk  *store.Disk
 	rand  *rand.Rand
 	meter meter
+	until time.Time // of this disk's part of Until; never if zero
 
 	dev         *device
 	src         cbt.Auditor
@@ -233,7 +234,7 @@ func (d *diskAudit) choose(now time.Time) (t task, wait time.Duration, ok bool) 
 	if d.proof != nil || d.out.Mismatched >= maxMismatches {
 		return t, 0, false
 	}
-	if d.out.Early == "" && !d.Until.IsZero() && now.After(d.Until) && d.out.Sampled < d.want {
+	if d.out.Early == "" && !d.until.IsZero() && now.After(d.until) && d.out.Sampled < d.want {
 		d.out.Early = "its time was up"
 	}
 	switch {
@@ -309,6 +310,9 @@ func (d *diskAudit) count(n *int64) {
 func (d *diskAudit) mismatch(m Mismatch, p []byte) {
 	if d.out.Mismatched == 0 {
 		if _, err := d.marks(); err != nil {
+			if !errors.Is(err, cbt.ErrUnproven) {
+				d.src.Distrust() // it could not be asked
+			}
 			d.proof = err
 			return
 		}

@@ -234,3 +234,36 @@ func TestRateIsKept(t *testing.T) {
 		t.Errorf("cancelled: %v after %v", err, time.Since(begin))
 	}
 }
+
+// Each disk of a VM gets its part of the time, and an audit that left one out is not done.
+func TestAuditTimeIsShared(t *testing.T) {
+	a, _, _ := fakeDisk(t, 4096)
+	w, err := a.Repo.Begin(t.Context(), "two")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := store.Point{VM: "two", Time: time.Now(), Consistency: store.Crash}
+	for _, name := range []string{"disk0", "disk1"} {
+		file := filepath.Join(t.TempDir(), name)
+		if err := os.WriteFile(file, make([]byte, 4096*fakeGranule), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Disk(t.Context(), store.DiskOptions{Name: name, Source: file, Size: 4096 * fakeGranule, Grain: fakeGranule}); err != nil {
+			t.Fatal(err)
+		}
+		p.Disks = append(p.Disks, store.Disk{Name: name, Source: file, ChangeID: "0123456789abcdef0123456789abcdef.1", Tracking: store.Tracking{Mode: "full"}})
+	}
+	if _, err := w.Commit(t.Context(), p); err != nil {
+		t.Fatal(err)
+	}
+	a.VM, a.All, a.Rate, a.Until = "two", true, 4<<20, time.Now().Add(2*time.Second)
+	a.Source = func(context.Context, string) (cbt.Auditor, error) { return &fakeTracker{size: 4096 * fakeGranule}, nil }
+	r, err := a.Run(t.Context())
+	if err != nil || len(r.Disks) != 2 || r.Disks[0].Good == 0 || r.Disks[1].Good == 0 || !r.compared() {
+		t.Errorf("%v: %+v", err, r.Disks)
+	}
+	a.Until = time.Now().Add(-time.Second)
+	if r, err = a.Run(t.Context()); err != nil || r.compared() {
+		t.Errorf("no time was left, and yet: %v, %+v", err, r.Disks)
+	}
+}

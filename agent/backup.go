@@ -79,7 +79,7 @@ type disk struct {
 	unknown  []string // of the last advance
 	evidence []cbt.Evidence
 	writers  map[int]cbt.Writer // by process ID
-	holders  map[int]bool       // processes that had the disk open for writing
+	holders  map[int]string     // names of the processes that had the disk open for writing
 }
 
 // Run makes one restore point. If the last point's map is damaged, the whole disk is
@@ -126,9 +126,7 @@ func (j Job) run(ctx context.Context, damage error) (_ Result, err error) {
 		if d.tracking.Evidence, err = json.Marshal(d.evidence); err != nil {
 			return Result{}, err
 		}
-		if err := d.held(); err != nil {
-			return Result{}, err
-		}
+		_ = d.held() // who came meanwhile; what was read is as good without
 		d.tracking.Writers = d.named(j.Quiesce.pid())
 		p.Disks = append(p.Disks, store.Disk{
 			Name: d.name, Source: d.path, ChangeID: d.at.String(), Tracking: d.tracking, Stats: store.Stats{Read: d.read},

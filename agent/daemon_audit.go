@@ -42,13 +42,15 @@ func (s *audits) run(ctx context.Context, next time.Time) error {
 	if s.every == 0 || now.Before(s.due) {
 		return nil
 	}
-	s.due = now.Add(s.every)
 	a := s.audit
 	a.Until = next
 	if least := now.Add(leastAudit); least.After(next) {
 		a.Until = least
 	}
 	r, err := a.Run(ctx)
+	if r.compared() {
+		s.due = now.Add(s.every) // else it is tried again after the next backup
+	}
 	if errors.Is(err, ErrUnrecorded) || ctx.Err() == nil {
 		s.report(r, err)
 	}
@@ -56,7 +58,7 @@ func (s *audits) run(ctx context.Context, next time.Time) error {
 }
 
 func (s *audits) report(r AuditResult, err error) {
-	s.m.audit(s.audit.VM, r, err == nil || errors.Is(err, ErrUnrecorded))
+	s.m.audit(s.audit.VM, r)
 	for _, d := range r.Disks {
 		log := s.log.With("disk", d.Path, "point", r.Point)
 		switch {
@@ -67,6 +69,8 @@ func (s *audits) report(r AuditResult, err error) {
 			log.Warn("the disk could not be audited", "problem", d.Problem)
 		case d.Unsteady > 0:
 			log.Warn("granules read differently twice, without a write", "granules", d.Unsteady)
+		case d.Good == 0 && d.Unchanged > 0:
+			log.Warn("the disk could not be audited", "problem", "no time was left for it")
 		default:
 			log.Info("audit", "unchanged", d.Unchanged, "sampled", d.Sampled, "void", d.Void, "fewer_than", d.Bound, "ended_early", d.Early, "seed", r.Seed)
 		}

@@ -29,6 +29,7 @@ const readers = 2
 type device struct {
 	path string
 	size int64 // bytes
+	file bool  // an image file
 	f    *os.File
 	bufs sync.Pool
 
@@ -60,7 +61,12 @@ func openDevice(path string) (*device, error) {
 		_ = f.Close()
 		return nil, fmt.Errorf("%s: has no size: no medium, or not a disk", path)
 	}
-	d := &device{path: path, size: size, f: f}
+	st, err := f.Stat()
+	if err != nil {
+		_ = f.Close()
+		return nil, err
+	}
+	d := &device{path: path, size: size, file: st.Mode().IsRegular(), f: f}
 	d.bufs.New = func() any {
 		b := alignedBuffer(readChunk)
 		return &b
@@ -170,7 +176,7 @@ func (d *device) readAt(p []byte, off int64) error {
 	}
 	begin := time.Now()
 	n, err := d.f.ReadAt(q, off)
-	if errors.Is(err, unix.EIO) {
+	if errors.Is(err, unix.EIO) && d.file {
 		n, err = d.readCached(q, off)
 	}
 	d.nanos.Add(int64(time.Since(begin)))

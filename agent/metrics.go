@@ -74,12 +74,12 @@ func (m *metrics) success(vm string, r Result) {
 }
 
 // audit counts what an audit found; ok if it could be made.
-func (m *metrics) audit(vm string, r AuditResult, ok bool) {
+func (m *metrics) audit(vm string, r AuditResult) {
 	for _, d := range r.Disks {
 		m.auditGranules.WithLabelValues(vm).Add(float64(d.Good))
 		m.mismatches.WithLabelValues(vm).Add(float64(d.Mismatched))
 	}
-	if ok {
+	if r.compared() {
 		m.audited.WithLabelValues(vm).SetToCurrentTime()
 	}
 }

@@ -38,7 +38,7 @@ func (d *disk) role(w cbt.Writer, vm int) string {
 	switch {
 	case w.PID == vm && vm != 0:
 		return store.WriterVM
-	case d.holders[w.PID] && slices.ContainsFunc(vmms, func(name string) bool { return strings.HasPrefix(w.Comm, name) }):
+	case slices.ContainsFunc(vmms, func(name string) bool { return strings.HasPrefix(d.holders[w.PID], name) }):
 		return store.WriterVM
 	case w.Kernel || w.PID == os.Getpid():
 		return store.WriterKernel
@@ -50,6 +50,9 @@ func (d *disk) role(w cbt.Writer, vm int) string {
 func (d *disk) named(vm int) []store.WrittenBy {
 	var out []store.WrittenBy
 	for _, w := range d.writers {
+		if name := d.holders[w.PID]; name != "" {
+			w.Comm = name // the tracker saw the name of a thread
+		}
 		out = append(out, store.WrittenBy{PID: w.PID, Comm: w.Comm, Role: d.role(w, vm), Writes: w.Writes, Bytes: w.Bytes, Dirtied: w.Dirtied})
 	}
 	slices.SortFunc(out, func(a, b store.WrittenBy) int {
@@ -74,10 +77,10 @@ func (d *disk) held() error {
 		return err
 	}
 	if d.holders == nil {
-		d.holders = map[int]bool{}
+		d.holders = map[int]string{}
 	}
 	for _, u := range users {
-		d.holders[u.pid] = true
+		d.holders[u.pid] = u.comm
 	}
 	return nil
 }

@@ -43,6 +43,7 @@ var fileSystems = map[string]fileSystem{
 		{"setattr_enter", "ext4_setattr"},
 		{"setattr_exit", "ext4_setattr"},
 		{"ioctl", "ext4_ioctl"},
+		{"compat_ioctl", "ext4_compat_ioctl"},
 		{"put_super", "ext4_put_super"},
 		{"move_ext", "ext4_move_extents"},
 	}},

@@ -26,8 +26,3 @@ func (t *Tracker) heat(slot, shift uint32, sectors uint64) Heat {
 	regions := (sectors + 1<<shift - 1) >> shift
 	return Heat{Region: 512 << shift, Bytes: slices.Clone(t.heatWords(slot)[:regions])}
 }
-
-// Heat is where it was written.
-func (r *Registration) Heat() Heat {
-	return r.t.heat(r.slot, r.what.heatShift(), uint64(r.current.Size())/512)
-}

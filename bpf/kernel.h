@@ -61,6 +61,7 @@ struct bio {
 	unsigned int bi_opf;
 	struct bvec_iter bi_iter;
 	void (*bi_end_io)(struct bio *);
+	void *bi_private;
 };
 
 struct blk_mq_ops;

@@ -2,7 +2,7 @@ package bpf
 
 // The same numbers stand in layout.h; TestLayoutMatchesHeader compares them.
 const (
-	layoutVersion  = 5
+	layoutVersion  = 6
 	maxDevices     = 256
 	places         = 1024
 	probes         = 16

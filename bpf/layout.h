@@ -6,7 +6,7 @@
 // them as long as a device is in use.
 #pragma once
 
-#define LAYOUT_VERSION 5
+#define LAYOUT_VERSION 6
 
 #define MAX_DEVICES 256 // slots
 #define PLACES 1024	// of the devices table, a power of two

@@ -483,9 +483,6 @@ func (r *Registration) soFar(e *Epoch) (so soFar, err error) {
 			so.loss |= LossMissed
 		}
 	}
-	if r.programs.stray(ever) {
-		so.loss |= LossMissed
-	}
 	if !r.programs.intact() || e.hdr(hdrInstance) != r.programs.instanceID() {
 		so.loss |= LossDetached
 	}
@@ -500,6 +497,9 @@ func (r *Registration) soFar(e *Epoch) (so soFar, err error) {
 		so.loss |= LossReplaced
 	} else {
 		so.loss |= now.changed(e)
+		if d, ok := now.(Device); ok && d.BioBased && r.programs.stray(ever) {
+			so.loss |= LossMissed
+		}
 	}
 	kernel, counting := r.what.kernelSectors()
 	counts, err := r.t.counts(r.slot)

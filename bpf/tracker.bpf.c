@@ -210,6 +210,8 @@ struct bio_walk {
 	struct bio *bio;
 	struct device *d;
 	void *epoch;
+	__u64 sectors; // of the window
+	int marks;
 };
 
 static long walk_loop(__u32 n, struct bio_walk *w)
@@ -219,7 +221,8 @@ static long walk_loop(__u32 n, struct bio_walk *w)
 
 	if (!bio)
 		return 1;
-	touch(w->d, w->epoch, BPF_CORE_READ(bio, bi_iter.bi_sector), BPF_CORE_READ(bio, bi_iter.bi_size), 1, &p);
+	touch(w->d, w->epoch, BPF_CORE_READ(bio, bi_iter.bi_sector), BPF_CORE_READ(bio, bi_iter.bi_size), w->marks, &p);
+	w->sectors += p.sectors;
 	w->bio = BPF_CORE_READ(bio, bi_next);
 	return 0;
 }
@@ -242,15 +245,18 @@ static __always_inline void one(struct device *d, const struct event *e)
 	}
 	if (e->why)
 		taint(epoch, e->why);
-	if (!touch(d, epoch, e->sector, e->bytes, marks, &p))
-		return;
-	if (e->bios && marks) {
-		// A request may hold discards that do not touch each other.
-		struct bio_walk w = {.bio = e->bios, .d = d, .epoch = epoch};
+	if (e->bios) {
+		// Discards that do not touch each other, in one request: also of other windows.
+		struct bio_walk w = {.bio = e->bios, .d = d, .epoch = epoch, .marks = marks};
 
 		bpf_loop(MAX_DISCARDS, walk_loop, &w, 0);
 		if (w.bio)
 			taint(epoch, TAINT_DISCARDS);
+		if (!w.sectors)
+			return;
+		p.sectors = w.sectors;
+	} else if (!touch(d, epoch, e->sector, e->bytes, marks, &p)) {
+		return;
 	}
 	if (e->counts)
 		count_event(d, epoch, e, &p);
@@ -260,6 +266,7 @@ struct search {
 	struct event e;
 	__u32 key; // of the disk
 	__u32 place;
+	int found;
 };
 
 static long search_loop(__u32 n, struct search *s)
@@ -269,8 +276,10 @@ static long search_loop(__u32 n, struct search *s)
 	if (!d || d->key == PLACE_FREE)
 		return 1;
 	s->place = (s->place + 1) & (PLACES - 1);
-	if (d->key == s->key)
+	if (d->key == s->key) {
 		one(d, &s->e);
+		s->found = 1;
+	}
 	return 0;
 }
 
@@ -280,12 +289,15 @@ static __always_inline int spread(const struct event *e, __u32 key)
 	struct search s;
 	struct device *d;
 	__u32 place = first_place(key);
+	int found = 0;
 
 	d = bpf_map_lookup_elem(&devices, &place);
 	if (!d || d->key == PLACE_FREE)
 		return 0;
-	if (d->key == key)
+	if (d->key == key) {
 		one(d, e);
+		found = 1;
+	}
 	// Mostly nothing lies behind it.
 	place = (place + 1) & (PLACES - 1);
 	d = bpf_map_lookup_elem(&devices, &place);
@@ -293,9 +305,11 @@ static __always_inline int spread(const struct event *e, __u32 key)
 		s.e = *e;
 		s.key = key;
 		s.place = place;
+		s.found = 0;
 		bpf_loop(PROBES - 1, search_loop, &s, 0);
+		found |= s.found;
 	}
-	return 1;
+	return found;
 }
 
 static __always_inline int on_queue(struct bio *bio, __u32 copy)
@@ -317,8 +331,7 @@ static __always_inline int on_queue(struct bio *bio, __u32 copy)
 	if (!spread(&e, key))
 		return 0;
 	// Also where it carries no data, such as a flush: that it has an entry tells at
-	// its completion that it was seen. A disk that only shares a place with a tracked
-	// one gets entries too, and gives them back.
+	// its completion that it was seen.
 	if (!e.why && disk->fops->submit_bio && !take_off((__u64)bio, e.sector, e.bytes, key)) {
 		struct event full = {.kind = SUBMIT, .why = TAINT_INFLIGHT};
 		spread(&full, key);
@@ -381,23 +394,48 @@ static __always_inline int on_rq_complete(struct request *rq, __u32 bytes, __u32
 	} else {
 		e.sector = rq->__sector;
 		e.bytes = bytes;
-		if (e.op == REQ_OP_DISCARD)
+		// A request may hold several discards: then its own range says nothing.
+		if (e.op == REQ_OP_DISCARD && rq->bio && BPF_CORE_READ(rq, bio, bi_next))
 			e.bios = rq->bio;
 	}
 	spread(&e, disk_key(disk));
 	return 0;
 }
 
+// A part that was split off a bio has no entry, but its whole does, and ends after it: they
+// are chained (bio_chain_endio), and the part lies in the whole. So are bios that follow each other
+// (__blkdev_issue_discard): there, one that is spent stands where the next begins.
+static __always_inline int split_off(struct bio *bio, __u64 sector, __u32 bytes)
+{
+	struct range *whole;
+	__u64 end;
+
+	if ((__u64)bio->bi_end_io != chain_endio)
+		return 0;
+	whole = landing((__u64)bio->bi_private);
+	if (!whole)
+		return 0;
+	end = whole->sector + (whole->bytes >> 9);
+	if (bytes)
+		return sector >= whole->sector && sector < end;
+	return sector > whole->sector && sector <= end;
+}
+
 static __always_inline int on_bio_complete(struct bio *bio, __u32 copy)
 {
 	struct event e = {.kind = COMPLETE, .op = bio->bi_opf & REQ_OP_MASK};
+	struct gendisk *disk;
 	struct range *r;
 	__u32 key;
 
 	if (!op_writes(e.op) || broken & BROKEN_BLIND)
 		return 0;
-	key = disk_key(bio->bi_bdev->bd_disk);
+	disk = bio->bi_bdev->bd_disk;
+	key = disk_key(disk);
 	r = landing((__u64)bio);
+	// Of a request-based disk: it never became a request (REQ_NOWAIT), so it wrote nothing.
+	if (!r && !disk->fops->submit_bio)
+		return 0;
 	if (r) {
 		key = r->dev;
 		e.sector = r->sector;
@@ -406,12 +444,11 @@ static __always_inline int on_bio_complete(struct bio *bio, __u32 copy)
 	} else if (op_opaque(e.op)) {
 		e.why = TAINT_OPCODE;
 	} else {
-		// A part that was split off has no entry, only its own range; it is covered by
-		// its whole, which ends after it. Any other was submitted before the
-		// device was tracked, or passed on by another: where it wrote is not known.
+		// What is no part was submitted before the device was tracked, or passed on by
+		// another: where it wrote is not known.
 		e.sector = bio->bi_iter.bi_sector;
 		e.bytes = bio->bi_iter.bi_size;
-		if ((__u64)bio->bi_end_io != chain_endio)
+		if (!split_off(bio, e.sector, e.bytes))
 			e.why = TAINT_UNSEEN;
 	}
 	spread(&e, key);

@@ -259,11 +259,30 @@ func syncDir(dir string) error {
 // it read-only in this boot.
 func (v State) Forget(tracker *bpf.Tracker, path string) error {
 	dev, err := bpf.Lookup(path)
+	if errors.Is(err, bpf.ErrNotBlock) {
+		return nil // image files are never saved
+	}
 	if err != nil {
 		return err
 	}
 	_, _, err = v.take(tracker, dev)
 	return err
+}
+
+// ErrSuspended is wrapped where the tracking of a device has been saved for the next boot.
+var ErrSuspended = errors.New("its tracking has been saved (suspend), and nothing that is found out now would be kept with it")
+
+// Audit takes hold of a device or image file for an audit, as it is tracked now. What is saved for the next boot would
+// not know of a mismatch, so the error wraps ErrUnproven and ErrSuspended where something is.
+func (v State) Audit(tracker *bpf.Tracker, path string) (*Tracked, error) {
+	if dev, err := bpf.Lookup(path); err == nil && v.Dir != "" {
+		if id, err := dev.Identity(); err == nil {
+			if _, err := os.Stat(v.file(id)); err == nil {
+				return nil, fmt.Errorf("%s: %w: %w", path, ErrUnproven, ErrSuspended)
+			}
+		}
+	}
+	return Adopt(tracker, path)
 }
 
 // take removes the saved state of the device, and returns it if it is of an earlier boot and

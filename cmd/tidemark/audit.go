@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/tidemark/tidemark/agent"
+	"github.com/tidemark/tidemark/cbt"
 	"github.com/tidemark/tidemark/store"
 )
 
@@ -29,7 +30,8 @@ func newAudit(g *globals) *cobra.Command {
 		Short: "Check that the tracker has missed nothing",
 		Long: `Check that the tracker has missed nothing: read granules of the disks of the VM called
 NAME that are unchanged since its last point, as the tracker says, and compare them
-with the point. What was missed at any time since a backup last read the whole disk shows.
+with the point. What was missed since a backup last read the whole disk shows,
+unless it was written again and recorded.
 
 Granules are chosen by chance. How much that proves is printed: "fewer than 188 of
 16,284 with 95 % confidence" for 256 good ones. That is the hypergeometric bound, about
@@ -53,7 +55,7 @@ point, or no tracking that goes on from it. A backup makes both again.`,
 		RunE: func(c *cobra.Command, a []string) (err error) {
 			audit := agent.Audit{
 				VM: a[0], Disks: o.disks, All: o.all, Samples: o.samples, Seed: o.seed, Evidence: o.evidence, Tool: toolName(),
-				Source: sources{pins: g.pins}.adopt,
+				Source: sources{pins: g.pins, state: cbt.State{Dir: g.state}}.adopt,
 			}
 			if err := store.ValidVM(a[0]); err != nil {
 				return usageError{err}
@@ -160,10 +162,10 @@ func verdict(d agent.AuditedDisk) string {
 		return "not audited to the end"
 	case d.Exact:
 		return "no unchanged granule differs"
-	case d.Bound == 0:
-		return "no difference found"
 	case d.Good == 0:
 		return "nothing could be compared"
+	case d.Bound == 0:
+		return "no difference found"
 	}
 	return fmt.Sprintf("no difference found; with 95 %% confidence fewer than %s of %s unchanged granules differ", n(d.Bound), n(d.Unchanged))
 }

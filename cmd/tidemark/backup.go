@@ -115,6 +115,11 @@ func summary(w io.Writer, r agent.Result) error {
 			fmt.Fprintf(&b, "  %s: %s, because: %s\n", d.Source, whole[d.Tracking.Mode], why)
 		}
 	}
+	for _, d := range p.Disks {
+		if e, err := parseEvidence(d.Tracking.Evidence); err == nil && d.Tracking.Mode == "tracked" && sumEvidence(e).SavedState != "" {
+			fmt.Fprintf(&b, "  %s: tracking went on from the saved state %s\n", d.Source, sumEvidence(e).SavedState)
+		}
+	}
 	if others := agent.Others(p); len(others) > 0 {
 		fmt.Fprintf(&b, "  written by others than the VM: %s\n", writerList(others, 4))
 	}

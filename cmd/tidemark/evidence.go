@@ -46,10 +46,17 @@ func diskEvidence(b *strings.Builder, d store.Disk) error {
 		fmt.Fprintf(b, "    %-16s %s\n", what, fmt.Sprintf(format, args...))
 	}
 	fmt.Fprintf(b, "  %s  %s  %s\n", d.Name, d.Source, d.Tracking.Mode)
-	switch d.Tracking.Mode {
-	case "tracked":
+	evidence, err := parseEvidence(d.Tracking.Evidence)
+	if err != nil {
+		return err
+	}
+	sum := sumEvidence(evidence)
+	switch {
+	case d.Tracking.Mode == "tracked" && sum.SavedState != "":
+		line("verdict", "tracking was complete, if nobody else wrote while the host was down")
+	case d.Tracking.Mode == "tracked":
 		line("verdict", "tracking was complete: no write was missed")
-	case "compare":
+	case d.Tracking.Mode == "compare":
 		line("verdict", "tracking could not be proven complete: the whole disk was compared")
 	default:
 		line("verdict", "the whole disk was read")
@@ -57,15 +64,10 @@ func diskEvidence(b *strings.Builder, d store.Disk) error {
 	for _, why := range d.Tracking.Reasons {
 		line("because", "%s", why)
 	}
-	evidence, err := parseEvidence(d.Tracking.Evidence)
-	if err != nil {
-		return err
-	}
 	if len(evidence) == 0 {
 		line("evidence", "none")
 		return nil
 	}
-	sum := sumEvidence(evidence)
 	line("method", "%s", sum.Method)
 	if sum.Method != "none" {
 		printSum(line, sum)
@@ -84,6 +86,12 @@ func printSum(line func(what, format string, args ...any), e cbt.Evidence) {
 	}
 	line("epochs", "%d to %d, %s to %s", e.FirstEpoch, e.LastEpoch, stamp(e.Opened), stamp(e.Closed))
 	line("attached", "%s, boot %s, links %s", stamp(e.Attached), e.BootID, strings.Trim(fmt.Sprint(e.LinkIDs), "[]"))
+	if e.SavedState != "" {
+		line("saved state", "%s", e.SavedState)
+	}
+	if e.Earlier {
+		line("before", "other programs marked a part of it, and missed nothing either")
+	}
 	for i, n := range e.LeastMisses {
 		name := fmt.Sprint(i)
 		if i < len(e.Programs) {
@@ -118,20 +126,28 @@ func parseEvidence(b json.RawMessage) ([]cbt.Evidence, error) {
 
 // sumEvidence adds up the rounds of one backup.
 func sumEvidence(rounds []cbt.Evidence) cbt.Evidence {
+	if len(rounds) == 0 {
+		return cbt.Evidence{}
+	}
 	sum := rounds[0]
 	sum.LeastMisses = append([]uint64(nil), sum.LeastMisses...)
 	for _, e := range rounds[1:] {
-		if sum.FirstEpoch == 0 {
-			sum.FirstEpoch, sum.Opened = e.FirstEpoch, e.Opened
+		if sum.SavedState == "" {
+			sum.SavedState = e.SavedState
 		}
+		sum.Earlier = sum.Earlier || e.Earlier
 		sum.LastEpoch, sum.Closed = e.LastEpoch, e.Closed
 		sum.Dirty += e.Dirty
 		sum.Sectors += e.Sectors
 		sum.Landed += e.Landed
-		if sum.KernelSectors != nil && e.KernelSectors != nil {
+		switch {
+		case sum.FirstEpoch == 0: // the first round of a new beginning has no epochs
+			sum.KernelSectors = e.KernelSectors
+			sum.FirstEpoch, sum.Opened = e.FirstEpoch, e.Opened
+		case sum.KernelSectors != nil && e.KernelSectors != nil:
 			n := *sum.KernelSectors + *e.KernelSectors
 			sum.KernelSectors = &n
-		} else {
+		default:
 			sum.KernelSectors = nil
 		}
 		for i, n := range e.LeastMisses {

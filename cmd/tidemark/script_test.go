@@ -63,6 +63,7 @@ func loop(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Setenv("FILE"+filepath.Base(dev), file)
 	pins := ts.Getenv("PINS")
 	ts.Defer(func() {
+		_ = exec.Command("blockdev", "--setrw", dev).Run() // else it stays so for whoever gets it next
 		_ = exec.Command("losetup", "-d", dev).Run()
 		self, err := os.Executable()
 		if err == nil {

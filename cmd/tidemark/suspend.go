@@ -30,7 +30,7 @@ Nobody may have a device mounted or open for writing. It becomes read-only until
 backup uses it again, or the host is started anew. What was saved is used once, in the boot
 after, by the first track, backup or agent, if nobody wrote in between; that is proven for loop
 devices by the times of their file, and has to be taken for granted for others
-(--trust-saved-state).`,
+(--trust-saved-state, of whichever command uses it). Image files and partitions are not saved.`,
 		Example: `  tidemark suspend
   tidemark track --saved        # early in the next boot, before the VMs start`,
 		Args: args(0, -1),
@@ -49,7 +49,11 @@ devices by the times of their file, and has to be taken for granted for others
 					return err
 				}
 				for _, s := range all {
-					if s.Name != "" {
+					switch {
+					case s.Image && !g.quiet:
+						_, _ = fmt.Fprintf(c.OutOrStdout(), "%s is an image file: it is not saved, and compared after the restart\n", s.Name)
+					case s.Image:
+					case s.Name != "":
 						devs = append(devs, "/dev/"+strings.ReplaceAll(s.Name, "!", "/"))
 					}
 				}

@@ -109,7 +109,7 @@ func (s sources) adopt(_ context.Context, path string) (cbt.Auditor, error) {
 	if err != nil {
 		return nil, err
 	}
-	t, err := cbt.Adopt(tracker, path)
+	t, err := s.state.Audit(tracker, path)
 	if err != nil {
 		return nil, errors.Join(err, tracker.Close())
 	}
@@ -151,10 +151,12 @@ or not a VM uses the disk.`,
 					return err
 				}
 			}
+			var errs []error
 			for _, dev := range devs {
 				t, err := s.track(dev)
 				if err != nil {
-					return err
+					errs = append(errs, err) // the others can be tracked still
+					continue
 				}
 				if !g.quiet {
 					what := "was tracked already"
@@ -169,11 +171,9 @@ or not a VM uses the disk.`,
 						_, _ = fmt.Fprintf(c.OutOrStdout(), "  %s\n", why)
 					}
 				}
-				if err := t.Close(); err != nil {
-					return err
-				}
+				errs = append(errs, t.Close())
 			}
-			return nil
+			return errors.Join(errs...)
 		},
 	}
 	c.Flags().StringVar(&granule, "granule", "64KiB", "what one bit stands for, 4KiB to 1MiB")
