@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -251,10 +252,32 @@ func (f File) find(t *Tracker) (uint32, bool, error) {
 }
 
 func (f File) insert(t *Tracker, slot uint32, shift uint) error {
-	return t.insertFile(f.key(), filesImage{
+	err := t.insertFile(f.key(), filesImage{
 		Slot: slot, GranuleShift: uint32(shift), Granules: uint64(f.Size+(1<<shift)-1) >> shift, HeatShift: f.heatShift(),
 		Fs: fileSystems[f.FS].number,
 	})
+	if err != nil {
+		return err
+	}
+	return f.settle()
+}
+
+// settle waits for operations that entered the file system before its programs were attached, and so
+// will not be seen to end: fallocate and reflink hold the inode's lock, for which lseek (ext4, btrfs)
+// and reading (xfs) queue behind them.
+func (f File) settle() error {
+	file, err := os.Open(f.Path)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = file.Close() }()
+	if _, err := unix.Seek(int(file.Fd()), 0, unix.SEEK_DATA); err != nil && !errors.Is(err, unix.ENXIO) {
+		return fmt.Errorf("%s: wait for its lock: %w", f.Path, err)
+	}
+	if _, err := file.ReadAt(make([]byte, 1), 0); err != nil && !errors.Is(err, io.EOF) {
+		return fmt.Errorf("%s: wait for its lock: %w", f.Path, err)
+	}
+	return nil
 }
 
 func (f File) remove(t *Tracker) error { return t.removeFile(f.key(), f.FS) }
