@@ -474,12 +474,12 @@ func (r *Registration) soFar(e *Epoch) (so soFar, err error) {
 	if so.missed, err = r.programs.missed(); err != nil {
 		return so, err
 	}
-	ever := slices.Clone(so.missed)
+	ever, whole := slices.Clone(so.missed), r.programs.wholeCalls()
 	for i := range so.missed {
 		so.missed[i] -= e.hdr(hdrMissBase + i)
 	}
 	for p := range len(so.missed) / copies {
-		if lostEvents(so.missed[p*copies:(p+1)*copies], ever[p*copies:(p+1)*copies], r.programs.wholeCalls()) {
+		if lostEvents(so.missed[p*copies:(p+1)*copies], ever[p*copies:(p+1)*copies], whole) {
 			so.loss |= LossMissed
 		}
 	}

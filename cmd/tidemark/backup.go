@@ -116,8 +116,13 @@ func summary(w io.Writer, r agent.Result) error {
 		}
 	}
 	for _, d := range p.Disks {
-		if e, err := parseEvidence(d.Tracking.Evidence); err == nil && d.Tracking.Mode == "tracked" && sumEvidence(e).SavedState != "" {
-			fmt.Fprintf(&b, "  %s: tracking went on from the saved state %s\n", d.Source, sumEvidence(e).SavedState)
+		if d.Tracking.Mode != "tracked" {
+			continue
+		}
+		if e, err := parseEvidence(d.Tracking.Evidence); err == nil {
+			if saved := sumEvidence(e).SavedState; saved != "" {
+				fmt.Fprintf(&b, "  %s: tracking went on from the saved state %s\n", d.Source, saved)
+			}
 		}
 	}
 	if others := agent.Others(p); len(others) > 0 {
