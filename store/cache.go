@@ -74,8 +74,34 @@ func (c *cache[K, V]) get(ctx context.Context, k K, load func(context.Context) (
 }
 
 func (c *cache[K, V]) fill(ctx context.Context, k K, l *loading[V], load func(context.Context) (V, int64, error)) (V, error) {
-	var cost int64
-	l.v, cost, l.err = load(ctx)
+	v, cost, err := load(ctx)
+	c.loaded(k, l, v, cost, err)
+	return v, err
+}
+
+// fillMany loads, with one call of load, what is neither there nor being loaded.
+// load must call done for each of missing, which are indexes of keys.
+func (c *cache[K, V]) fillMany(keys []K, load func(missing []int, done func(i int, v V, cost int64, err error))) {
+	missing := make([]int, 0, len(keys))
+	mine := make([]*loading[V], len(keys))
+	c.mu.Lock()
+	for i, k := range keys {
+		if _, busy := c.loading[k]; busy || c.lru.Contains(k) {
+			continue
+		}
+		mine[i] = &loading[V]{done: make(chan struct{})}
+		c.loading[k] = mine[i]
+		missing = append(missing, i)
+	}
+	c.mu.Unlock()
+	if len(missing) > 0 {
+		load(missing, func(i int, v V, cost int64, err error) { c.loaded(keys[i], mine[i], v, cost, err) })
+	}
+}
+
+// loaded ends the loading of k.
+func (c *cache[K, V]) loaded(k K, l *loading[V], v V, cost int64, err error) {
+	l.v, l.err = v, err
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	delete(c.loading, k)
@@ -86,5 +112,13 @@ func (c *cache[K, V]) fill(ctx context.Context, k K, l *loading[V], load func(co
 			c.lru.RemoveOldest()
 		}
 	}
-	return l.v, l.err
+}
+
+// drop forgets the value of k if it is still v.
+func (c *cache[K, V]) drop(k K, v V) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if e, ok := c.lru.Peek(k); ok && any(e.v) == any(v) {
+		c.lru.Remove(k)
+	}
 }

@@ -14,6 +14,8 @@ const (
 	codecRaw  = 0x00
 	codecZstd = 0x01
 
+	codecAbsent = 0x0f // no compression: the record was dropped, see docs/format.md
+
 	codecCompression = 0x0f
 	codecSeal        = 0xf0
 )

@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"slices"
-	"strings"
 	"sync"
 )
 
@@ -126,9 +125,8 @@ func newDedupIndex(ctx context.Context, r *reader) (*dedupIndex, error) {
 		if err != nil {
 			return nil, err
 		}
-		var id PackID
-		base := info.Name[strings.LastIndexByte(info.Name, '/')+1:]
-		if id.UnmarshalText([]byte(base)) != nil || packName(id) != info.Name {
+		id, _, ok := parsePackObject(info.Name)
+		if !ok || len(d.packs) > 0 && d.packs[len(d.packs)-1] == id { // an older generation
 			continue
 		}
 		// Past the cache: this would only sweep it out.
@@ -144,6 +142,9 @@ func newDedupIndex(ctx context.Context, r *reader) (*dedupIndex, error) {
 		}
 		for ord := range x.count() {
 			e, _ := x.entry(uint32(ord))
+			if e.absent() {
+				continue
+			}
 			d.keys = append(d.keys, dedupKey{hashPrefix(e.hash), place{uint32(len(d.packs)), uint32(ord)}})
 		}
 		d.packs = append(d.packs, id)

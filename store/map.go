@@ -49,6 +49,73 @@ func (m *Map) Lookup(ctx context.Context, grain int64) (Ref, error) {
 	return ref, ctx.Err()
 }
 
+// Refs fills dst with the places of the grains from the given one on, as Lookup
+// would, with few requests. All of them must lie on the disk.
+func (m *Map) Refs(ctx context.Context, from int64, dst []Ref) error {
+	to := from + int64(len(dst))
+	if from < 0 || to > m.Grains() {
+		return fmt.Errorf("%w: grains [%d, %d) of a disk of %d", ErrInvalid, from, to, m.Grains())
+	}
+	clear(dst)
+	if len(dst) == 0 {
+		return ctx.Err()
+	}
+	return m.refs(ctx, m.root.Ref, int(m.root.Level), 0, from, dst)
+}
+
+func (m *Map) refs(ctx context.Context, ref Ref, level int, first, from int64, dst []Ref) error {
+	if ref.IsZero() {
+		return ctx.Err()
+	}
+	n, err := m.r.node(ctx, ref, uint8(level))
+	if err != nil {
+		return err
+	}
+	lo, hi := within(level, first, from, from+int64(len(dst)))
+	if level > 0 {
+		m.r.loadChildren(ctx, n, lo, hi)
+	}
+	for i := lo; i < hi; i++ {
+		at, c := first+int64(i)*span(level), n.child(i)
+		if level == 0 {
+			dst[at-from] = c
+			continue
+		}
+		if err := m.refs(ctx, c, level-1, at, from, dst); err != nil {
+			return err
+		}
+	}
+	return ctx.Err()
+}
+
+// within returns the children [lo, hi) of a node whose first grain is first that
+// have grains of [from, to).
+func within(level int, first, from, to int64) (lo, hi int) {
+	step := span(level)
+	lo, hi = 0, fanOut
+	if from > first {
+		lo = int((from - first) / step)
+	}
+	if to < first+fanOut*step {
+		hi = int((to - first + step - 1) / step)
+	}
+	return lo, hi
+}
+
+// loadChildren brings the children [lo, hi) of n into the cache if they are more
+// than one.
+func (r *reader) loadChildren(ctx context.Context, n *node, lo, hi int) {
+	var refs []Ref
+	for i := lo; i < hi; i++ {
+		if c := n.child(i); !c.IsZero() {
+			refs = append(refs, c)
+		}
+	}
+	if len(refs) > 1 {
+		r.loadNodes(ctx, refs)
+	}
+}
+
 // Run is a run of grains, by number: [From, To).
 type Run struct {
 	From, To int64
@@ -83,16 +150,15 @@ func (m *Map) runs(ctx context.Context, ref Ref, level int, first, from, to int6
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	step := span(level)
-	lo, hi := 0, fanOut
-	if from > first {
-		lo = int((from - first) / step)
-	}
-	if end := first + fanOut*step; to < end {
-		hi = int((to - first + step - 1) / step)
-	}
+	lo, hi := within(level, first, from, to)
+	loaded := lo
 	for i := lo; i < hi && !j.stopped; i++ {
-		at, c := first+int64(i)*step, n.child(i)
+		if level > 0 && i == loaded {
+			// More and more of them: the first run may be all that is wanted.
+			loaded = min(hi, i+j.ahead())
+			m.r.loadChildren(ctx, n, i, loaded)
+		}
+		at, c := first+int64(i)*span(level), n.child(i)
 		if c.IsZero() {
 			continue
 		}
@@ -113,6 +179,13 @@ type joiner struct {
 	fill    bool
 	run     Run // not yielded yet; empty if From == To
 	stopped bool
+	window  int // nodes loaded at once
+}
+
+// ahead tells how many nodes to load at once: 1, 2, 4, ... fanOut.
+func (j *joiner) ahead() int {
+	j.window = min(max(2*j.window, 1), fanOut)
+	return j.window
 }
 
 func (j *joiner) add(grain int64, zero bool) {

@@ -72,6 +72,10 @@ type packEntry struct {
 	hash   Hash // of the raw bytes
 }
 
+// absent tells whether compaction has dropped the record: it keeps its ordinal,
+// hash and raw length, and has no stored bytes.
+func (e *packEntry) absent() bool { return e.codec == codecAbsent }
+
 func castagnoli(p []byte) uint32 { return crc32.Checksum(p, crc32.MakeTable(crc32.Castagnoli)) }
 
 func (e *packEntry) append(b []byte) []byte {
@@ -128,8 +132,9 @@ func parsePackFooter(p []byte, size int64) (packFooter, error) {
 // packIndex is what a reader keeps of a pack. Its entries stay encoded: 52 bytes
 // each.
 type packIndex struct {
-	kind    packKind
-	entries []byte
+	kind       packKind
+	generation uint32 // of the object that it is of
+	entries    []byte
 }
 
 func (x *packIndex) count() int { return len(x.entries) / packEntryLen }
@@ -177,6 +182,12 @@ func (x *packIndex) check(end int64) error {
 	off := int64(packHeaderLen)
 	for i := range x.count() {
 		e, _ := x.entry(uint32(i))
+		if e.absent() {
+			if int64(e.off) != off || e.raw == 0 || int64(e.raw) > int64(x.kind.maxRaw()) || e.stored != 0 || e.crc != 0 {
+				return fmt.Errorf("index entry %d of a dropped record is out of bounds", i)
+			}
+			continue
+		}
 		if e.codec&codecSeal != 0 || e.codec&codecCompression > codecZstd {
 			return fmt.Errorf("%w: record %d has codec %#02x", ErrVersion, i, e.codec)
 		}

@@ -7,6 +7,8 @@ import (
 	"io"
 	"sync"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/tidemark/tidemark/store/blob"
 )
 
@@ -16,15 +18,20 @@ const (
 	indexCacheBytes = 64 << 20
 )
 
-// reader gets checked records out of packs. Memory: two bounded caches and one
-// buffer of a grain per concurrent call. Safe for concurrent use.
+// reader gets checked records out of packs. Memory: two bounded caches, one
+// buffer of a grain per concurrent call, and per call of readMany
+// the ranges in flight. Safe for concurrent use.
 type reader struct {
 	blobs blob.Store
 	repo  [16]byte
 	codec *codec
 	nodes *cache[Hash, *node] // by hash, which says what is in it wherever it lies
 	packs *cache[PackID, *packIndex]
+	moved generations
 	bufs  *sync.Pool // *[]byte for stored records
+
+	spans    *sync.Pool    // *[]byte for ranges of several records
+	requests chan struct{} // one per range of a batch on its way
 }
 
 func newReader(b blob.Store, repo [16]byte, c *codec) (*reader, error) {
@@ -38,7 +45,9 @@ func newReader(b blob.Store, repo [16]byte, c *codec) (*reader, error) {
 	}
 	return &reader{
 		blobs: b, repo: repo, codec: c, nodes: nodes, packs: packs,
-		bufs: &sync.Pool{New: func() any { return new([]byte) }},
+		bufs:     &sync.Pool{New: func() any { return new([]byte) }},
+		spans:    &sync.Pool{New: func() any { return new([]byte) }},
+		requests: make(chan struct{}, maxRequests),
 	}, nil
 }
 
@@ -49,57 +58,83 @@ func (r *reader) index(ctx context.Context, id PackID) (*packIndex, error) {
 		if err != nil {
 			return nil, 0, err
 		}
-		return x, int64(len(x.entries)) + 128, nil
+		return x, int64(len(x.entries)) + 160, nil
 	})
 }
 
+// indexTail is how many bytes of a pack's end are read at once. They hold the
+// index of nearly every pack: those of grains have some 500 to 2000 records, those of
+// nodes some 3600.
+const indexTail = 192 << 10
+
+// loadIndex reads and checks the index of a pack's newest generation. The error
+// is a [CorruptError] if there is no object of the pack.
 func (r *reader) loadIndex(ctx context.Context, id PackID) (*packIndex, error) {
-	name := packName(id)
-	info, err := r.blobs.Stat(ctx, name)
-	if err != nil {
-		return nil, missing(name, err)
+	generation := r.moved.get(id)
+	for move := 0; ; move++ {
+		x, err := r.loadGeneration(ctx, id, generation)
+		if !errors.Is(err, blob.ErrNotFound) {
+			return x, err
+		}
+		newest, lerr := r.newestGeneration(ctx, id)
+		if lerr != nil {
+			return nil, lerr
+		}
+		r.moved.set(id, newest)
+		// The same generation again: it was put back meanwhile, or a listing is late.
+		if newest == 0 || move == maxMoves {
+			return nil, missing(packObject(id, generation), err)
+		}
+		generation = newest
 	}
-	if info.Size < packHeaderLen+packFooterLen || info.Size > maxPackLen+maxPackEntries*packEntryLen+packFooterLen {
-		return nil, &CorruptError{name, fmt.Sprintf("%d bytes are no pack", info.Size)}
-	}
-	header := make([]byte, packHeaderLen)
-	if err := r.readFull(ctx, name, header, 0); err != nil {
+}
+
+// loadGeneration costs one round trip: the end of the object and its header are
+// read at the same time. A large index costs a second one.
+func (r *reader) loadGeneration(ctx context.Context, id PackID, generation uint32) (*packIndex, error) {
+	name := packObject(id, generation)
+	buf := r.buffer(indexTail)
+	defer r.bufs.Put(buf)
+	tail, header := *buf, make([]byte, packHeaderLen)
+	var size int64
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		n, s, err := blob.ReadTail(gctx, r.blobs, name, tail)
+		tail, size = tail[:n], s
+		return wrapRead(name, err)
+	})
+	g.Go(func() error { return r.readFull(gctx, name, header, 0) })
+	if err := g.Wait(); err != nil {
 		return nil, err
 	}
-	// Most indexes fit into the first read of the end.
-	tail := make([]byte, min(info.Size-packHeaderLen, 64<<10))
-	if err := r.readFull(ctx, name, tail, info.Size-int64(len(tail))); err != nil {
-		return nil, err
+	if size < packHeaderLen+packFooterLen || size > maxPackLen+maxPackEntries*packEntryLen+packFooterLen {
+		return nil, &CorruptError{name, fmt.Sprintf("%d bytes are no pack", size)}
 	}
 	footer := tail[len(tail)-packFooterLen:]
-	f, err := parsePackFooter(footer, info.Size)
+	f, err := parsePackFooter(footer, size)
 	if err != nil {
 		return nil, &CorruptError{name, err.Error()}
 	}
+	// A copy: the index is kept, the rest of the tail is not.
 	entries := make([]byte, f.count*packEntryLen)
 	if have := len(tail) - packFooterLen; len(entries) <= have {
 		copy(entries, tail[have-len(entries):])
 	} else if err := r.readFull(ctx, name, entries, f.indexOff); err != nil {
 		return nil, err
 	}
-	x, err := parsePackIndex(header, entries, footer, info.Size, id, r.repo)
+	x, err := parsePackIndex(header, entries, footer, size, id, r.repo)
 	switch {
 	case errors.Is(err, ErrVersion):
 		return nil, fmt.Errorf("%s: %w", name, err)
 	case err != nil:
 		return nil, &CorruptError{name, err.Error()}
 	}
+	x.generation = generation
 	return x, nil
 }
 
-// missing turns the absence of an object that is referred to into corruption.
-func missing(name string, err error) error {
-	if errors.Is(err, blob.ErrNotFound) {
-		return &CorruptError{name, "the object is missing"}
-	}
-	return fmt.Errorf("%s: %w", name, err)
-}
-
+// readFull reads len(p) bytes. The error wraps blob.ErrNotFound if the object is
+// gone, which may mean that the pack has moved.
 func (r *reader) readFull(ctx context.Context, name string, p []byte, off int64) error {
 	n, err := r.blobs.ReadAt(ctx, name, p, off)
 	switch {
@@ -110,38 +145,92 @@ func (r *reader) readFull(ctx context.Context, name string, p []byte, off int64)
 	case err == nil:
 		return fmt.Errorf("%s: %w", name, io.ErrNoProgress)
 	}
-	return missing(name, err)
+	return wrapRead(name, err)
+}
+
+func wrapRead(name string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", name, err)
 }
 
 // locate returns the index entry that ref points to, and that it is the one
-// meant.
+// meant. It may be outdated when it is used; [reader.record] cares for that.
 func (r *reader) locate(ctx context.Context, ref Ref, kind packKind) (packEntry, error) {
 	x, err := r.index(ctx, ref.Pack)
 	if err != nil {
 		return packEntry{}, err
 	}
+	return x.locate(ref, kind)
+}
+
+func (x *packIndex) locate(ref Ref, kind packKind) (packEntry, error) {
 	e, ok := x.entry(ref.Ord)
 	switch {
 	case x.kind != kind:
-		return e, recordError(ref, fmt.Sprintf("the pack holds %s records, not %s", x.kind, kind))
+		return e, x.recordError(ref, fmt.Sprintf("the pack holds %s records, not %s", x.kind, kind))
 	case !ok:
-		return e, recordError(ref, fmt.Sprintf("the pack has only %d", x.count()))
+		return e, x.recordError(ref, fmt.Sprintf("the pack has only %d", x.count()))
 	case e.hash != ref.Hash:
-		return e, recordError(ref, "it is another record: "+e.hash.String())
+		return e, x.recordError(ref, "it is another record: "+e.hash.String())
+	case e.absent():
+		return e, x.recordError(ref, "it was dropped as garbage when the pack was compacted")
 	}
 	return e, nil
 }
 
-func recordError(ref Ref, what string) error {
-	return &CorruptError{packName(ref.Pack), fmt.Sprintf("record %d: %s", ref.Ord, what)}
+func (x *packIndex) recordError(ref Ref, what string) error {
+	return &CorruptError{packObject(ref.Pack, x.generation), fmt.Sprintf("record %d: %s", ref.Ord, what)}
 }
 
-// read fills dst with the record that e describes, checked against ref. After an
-// error dst holds zeroes: nothing unchecked leaves.
-func (r *reader) read(ctx context.Context, ref Ref, e packEntry, dst []byte) error {
-	err := r.readUnchecked(ctx, ref, e, dst)
+// record reads the record of ref, checked, into what dst returns for its raw
+// length. After an error dst holds zeroes: nothing unchecked leaves.
+func (r *reader) record(ctx context.Context, ref Ref, kind packKind, dst func(raw int) ([]byte, error)) error {
+	return r.following(ctx, ref.Pack, func(x *packIndex) error {
+		e, err := x.locate(ref, kind)
+		if err != nil {
+			return err
+		}
+		p, err := dst(int(e.raw))
+		if err != nil {
+			return x.recordError(ref, err.Error())
+		}
+		return r.readEntry(ctx, x, ref, e, p)
+	})
+}
+
+// readEntry reads the record that e of x describes.
+func (r *reader) readEntry(ctx context.Context, x *packIndex, ref Ref, e packEntry, dst []byte) error {
+	stored := dst
+	if e.codec != codecRaw {
+		buf := r.buffer(int(e.stored))
+		defer r.bufs.Put(buf)
+		stored = *buf
+	}
+	if err := r.readFull(ctx, packObject(ref.Pack, x.generation), stored, int64(e.off)); err != nil {
+		clear(dst)
+		return err
+	}
+	return r.decode(x, ref, e, stored, dst)
+}
+
+// buffer returns a buffer of n bytes, to be put back into bufs.
+func (r *reader) buffer(n int) *[]byte {
+	buf := r.bufs.Get().(*[]byte)
+	if cap(*buf) < n {
+		*buf = make([]byte, n)
+	}
+	*buf = (*buf)[:n]
+	return buf
+}
+
+// decode turns the stored bytes of a record into its content, checked against
+// ref. stored may be dst itself. After an error dst holds zeroes.
+func (r *reader) decode(x *packIndex, ref Ref, e packEntry, stored, dst []byte) error {
+	err := r.decodeUnchecked(x, ref, e, stored, dst)
 	if err == nil && sum(dst) != ref.Hash {
-		err = recordError(ref, "the content does not match its hash")
+		err = x.recordError(ref, "the content does not match its hash")
 	}
 	if err != nil {
 		clear(dst)
@@ -149,28 +238,19 @@ func (r *reader) read(ctx context.Context, ref Ref, e packEntry, dst []byte) err
 	return err
 }
 
-func (r *reader) readUnchecked(ctx context.Context, ref Ref, e packEntry, dst []byte) error {
-	stored := dst
-	if e.codec != codecRaw {
-		buf := r.bufs.Get().(*[]byte)
-		defer r.bufs.Put(buf)
-		if cap(*buf) < int(e.stored) {
-			*buf = make([]byte, e.stored)
-		}
-		stored = (*buf)[:e.stored]
-	}
-	if err := r.readFull(ctx, packName(ref.Pack), stored, int64(e.off)); err != nil {
-		return err
-	}
+func (r *reader) decodeUnchecked(x *packIndex, ref Ref, e packEntry, stored, dst []byte) error {
 	// The CRC sees damage that decompression would forgive.
 	if castagnoli(stored) != e.crc {
-		return recordError(ref, "the stored bytes do not match their checksum")
+		return x.recordError(ref, "the stored bytes do not match their checksum")
 	}
 	if e.codec == codecRaw {
+		if &stored[0] != &dst[0] {
+			copy(dst, stored)
+		}
 		return nil
 	}
 	if err := r.codec.decompress(dst, stored, e.codec); err != nil {
-		return recordError(ref, err.Error())
+		return x.recordError(ref, err.Error())
 	}
 	return nil
 }
@@ -181,14 +261,21 @@ func (r *reader) grain(ctx context.Context, ref Ref, dst []byte) error {
 		clear(dst)
 		return ctx.Err()
 	}
-	e, err := r.locate(ctx, ref, kindData)
+	err := r.record(ctx, ref, kindData, grainLen(dst))
 	if err != nil {
-		return err
+		clear(dst)
 	}
-	if int64(e.raw) != int64(len(dst)) {
-		return recordError(ref, fmt.Sprintf("a grain of %d bytes, not %d", e.raw, len(dst)))
+	return err
+}
+
+// grainLen gives out dst if a grain has its length.
+func grainLen(dst []byte) func(raw int) ([]byte, error) {
+	return func(raw int) ([]byte, error) {
+		if raw != len(dst) {
+			return nil, fmt.Errorf("a grain of %d bytes, not %d", raw, len(dst))
+		}
+		return dst, nil
 	}
-	return r.read(ctx, ref, e, dst)
 }
 
 // node returns the map node of ref, which must be of the level given.
@@ -210,14 +297,19 @@ func (r *reader) node(ctx context.Context, ref Ref, level uint8) (*node, error) 
 }
 
 func (r *reader) loadNode(ctx context.Context, ref Ref) (*node, error) {
-	e, err := r.locate(ctx, ref, kindNode)
+	var p []byte
+	err := r.record(ctx, ref, kindNode, func(raw int) ([]byte, error) {
+		p = make([]byte, raw)
+		return p, nil
+	})
 	if err != nil {
 		return nil, err
 	}
-	p := make([]byte, e.raw)
-	if err := r.read(ctx, ref, e, p); err != nil {
-		return nil, err
-	}
+	return parseNode(ref, p)
+}
+
+// parseNode decodes the node of ref, whose hash was checked.
+func parseNode(ref Ref, p []byte) (*node, error) {
 	n, err := decodeNode(p)
 	switch {
 	case errors.Is(err, ErrVersion):
@@ -226,4 +318,9 @@ func (r *reader) loadNode(ctx context.Context, ref Ref) (*node, error) {
 		return nil, recordError(ref, err.Error())
 	}
 	return n, nil
+}
+
+// recordError says that what a record holds is wrong, wherever it lies.
+func recordError(ref Ref, what string) error {
+	return &CorruptError{packName(ref.Pack), fmt.Sprintf("record %d: %s", ref.Ord, what)}
 }

@@ -183,12 +183,17 @@ func (w *verifyDisk) leaf(ctx context.Context, nd *node, first int64) error {
 }
 
 func (w *verifyDisk) grain(ctx context.Context, ref Ref, buf []byte) error {
-	e, err := w.r.locate(ctx, ref, kindData)
-	if err == nil && int64(e.raw) != int64(len(buf)) {
-		err = recordError(ref, fmt.Sprintf("a grain of %d bytes, not %d", e.raw, len(buf)))
-	}
-	if err == nil && w.full {
-		err = w.r.read(ctx, ref, e, buf)
+	var err error
+	if w.full {
+		err = w.r.grain(ctx, ref, buf)
+	} else {
+		err = w.r.following(ctx, ref.Pack, func(x *packIndex) error {
+			e, err := x.locate(ref, kindData)
+			if err == nil && int(e.raw) != len(buf) {
+				err = x.recordError(ref, fmt.Sprintf("a grain of %d bytes, not %d", e.raw, len(buf)))
+			}
+			return err
+		})
 	}
 	if err != nil {
 		return err

@@ -274,21 +274,35 @@ func (d *Dir) ReadAt(ctx context.Context, name string, p []byte, off int64) (int
 }
 
 func (d *Dir) readAt(ctx context.Context, name string, p []byte, off int64) (int, error) {
-	file, err := d.file(name)
-	if err != nil {
-		return 0, err
-	}
-	if err := ctx.Err(); err != nil {
-		return 0, err
-	}
 	if off < 0 {
 		return 0, fmt.Errorf("negative offset %d", off)
 	}
-	fd, err := again(func() (int, error) { return unix.Open(file, unix.O_RDONLY|unix.O_CLOEXEC, 0) })
+	fd, err := d.openFD(ctx, name)
 	if err != nil {
-		return 0, sentinel(err)
+		return 0, err
 	}
 	defer func() { _ = unix.Close(fd) }() // read only: nothing to lose
+	return preadFull(fd, p, off)
+}
+
+// openFD opens an object for reading, past os.File.
+func (d *Dir) openFD(ctx context.Context, name string) (int, error) {
+	file, err := d.file(name)
+	if err != nil {
+		return -1, err
+	}
+	if err := ctx.Err(); err != nil {
+		return -1, err
+	}
+	fd, err := again(func() (int, error) { return unix.Open(file, unix.O_RDONLY|unix.O_CLOEXEC, 0) })
+	if err != nil {
+		return -1, sentinel(err)
+	}
+	return fd, nil
+}
+
+// preadFull fills p from offset off of a file, or says io.EOF.
+func preadFull(fd int, p []byte, off int64) (int, error) {
 	done := 0
 	for done < len(p) {
 		n, err := again(func() (int, error) { return unix.Pread(fd, p[done:], off+int64(done)) })

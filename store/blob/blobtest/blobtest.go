@@ -30,6 +30,7 @@ func Run(t *testing.T, open func(t *testing.T) blob.Store) {
 		{"PutCancelled", putCancelled},
 		{"GetRange", getRange},
 		{"ReadAt", readAt},
+		{"ReadTail", readTail},
 		{"NotFound", notFound},
 		{"InvalidNames", invalidNames},
 		{"ListOrderAndPrefix", list},
@@ -224,6 +225,36 @@ func readAt(t *testing.T, s blob.Store) {
 	cancel()
 	_, err := s.ReadAt(ctx, "a", make([]byte, 1), 0)
 	wantErr(t, "ReadAt, cancelled", err, context.Canceled)
+}
+
+func readTail(t *testing.T, s blob.Store) {
+	const content = "0123456789"
+	put(t, s, "a/b", content)
+	put(t, s, "a/empty", "")
+	for _, n := range []int{0, 1, 4, 9, 10, 11, 1000} {
+		p := make([]byte, n)
+		got, size, err := blob.ReadTail(t.Context(), s, "a/b", p)
+		want := content[max(0, len(content)-n):]
+		if err != nil || size != int64(len(content)) || string(p[:got]) != want {
+			t.Errorf("ReadTail of %d bytes: %q of %d, %v, want %q of %d", n, p[:got], size, err, want, len(content))
+		}
+	}
+	if n, size, err := blob.ReadTail(t.Context(), s, "a/empty", make([]byte, 5)); n != 0 || size != 0 || err != nil {
+		t.Errorf("ReadTail of an empty object: %d of %d, %v", n, size, err)
+	}
+	for _, name := range []string{"a", "a/c", "a/b/c"} {
+		if _, _, err := blob.ReadTail(t.Context(), s, name, make([]byte, 5)); !errors.Is(err, blob.ErrNotFound) {
+			t.Errorf("ReadTail(%q) gives %v, want ErrNotFound", name, err)
+		}
+	}
+	if _, _, err := blob.ReadTail(t.Context(), s, "../a", make([]byte, 5)); !errors.Is(err, blob.ErrName) {
+		t.Errorf("ReadTail of an invalid name gives %v", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, _, err := blob.ReadTail(ctx, s, "a/b", make([]byte, 5)); !errors.Is(err, context.Canceled) {
+		t.Errorf("ReadTail with a cancelled context gives %v", err)
+	}
 }
 
 func notFound(t *testing.T, s blob.Store) {
