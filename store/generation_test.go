@@ -192,6 +192,9 @@ func TestDedupLeavesAbsentRecordsOut(t *testing.T) {
 	compactByHand(t, r, ref.Pack, 1, 2, func(ord uint32) bool { return ord == ref.Ord })
 	remove(t, r, packObject(ref.Pack, 1))
 	r = reopen(t, r)
+	if rep, err := r.Verify(t.Context(), p, false, nil); err != nil || len(rep.Problems) != 1 || rep.Problems[0].Off != 3*4096 {
+		t.Errorf("a quick check of a point that needs a dropped record: %v, %+v", err, rep.Problems)
+	}
 	w, err := r.Begin(t.Context(), "b")
 	if err != nil {
 		t.Fatal(err)
