@@ -49,6 +49,9 @@ type diskAudit struct {
 	proof    error // why what the tracker says ceased to be proven
 }
 
+// auditReaders is how many reads an audit has under way: it must not be in anybody's way.
+const auditReaders = 2
+
 // suspect is a granule that differed, and may be read again at due.
 type suspect struct {
 	off int64
@@ -72,7 +75,7 @@ func (d *diskAudit) run(ctx context.Context) (err error) {
 	}
 	d.prepare(marks)
 	work, ctx2 := errgroup.WithContext(ctx)
-	for range readers {
+	for range auditReaders {
 		work.Go(func() error {
 			// The thread keeps its priority, so it ends with this goroutine.
 			runtime.LockOSThread()

@@ -201,7 +201,7 @@ func TestManyMismatchesEndTheAudit(t *testing.T) {
 	r, err := a.Run(t.Context())
 	d := r.Disks[0]
 	bins, _ := filepath.Glob(filepath.Join(d.Evidence, "*.bin"))
-	if !errors.Is(err, ErrUnrecorded) || d.Mismatched < maxMismatches || d.Mismatched > maxMismatches+readChunk/fakeGranule*readers ||
+	if !errors.Is(err, ErrUnrecorded) || d.Mismatched < maxMismatches || d.Mismatched > maxMismatches+readChunk/fakeGranule*auditReaders ||
 		d.Early == "" || len(bins) != maxKept || tr.doubts != 1 {
 		t.Errorf("%v: %d mismatches, %d files, %q, distrusted %d times", err, d.Mismatched, len(bins), d.Early, tr.doubts)
 	}

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/tidemark/tidemark/cbt"
 	"github.com/tidemark/tidemark/store"
 )
@@ -108,7 +110,7 @@ func (j Job) run(ctx context.Context, damage error) (_ Result, err error) {
 	}
 	defer func() { err = errors.Join(err, w.Abort()) }()
 
-	disks, err := j.open(ctx, w, damage)
+	disks, users, err := j.open(ctx, w, damage)
 	defer func() {
 		for _, d := range disks {
 			err = errors.Join(err, d.close())
@@ -117,7 +119,7 @@ func (j Job) run(ctx context.Context, damage error) (_ Result, err error) {
 	if err != nil {
 		return Result{}, err
 	}
-	c, err := j.converge(ctx, disks)
+	c, err := j.converge(ctx, disks, users)
 	if err != nil {
 		return Result{}, err
 	}
@@ -126,7 +128,7 @@ func (j Job) run(ctx context.Context, damage error) (_ Result, err error) {
 		if d.tracking.Evidence, err = json.Marshal(d.evidence); err != nil {
 			return Result{}, err
 		}
-		_ = d.held() // who came meanwhile; what was read is as good without
+		d.heldBy(d.writers)
 		d.tracking.Writers = d.named(j.Quiesce.pid())
 		p.Disks = append(p.Disks, store.Disk{
 			Name: d.name, Source: d.path, ChangeID: d.at.String(), Tracking: d.tracking, Stats: store.Stats{Read: d.read},
@@ -153,29 +155,49 @@ func (d *disk) close() error {
 	return errors.Join(err, d.f.Close())
 }
 
-// open opens the disks and decides for each from where to count changes.
-func (j Job) open(ctx context.Context, w *store.Writer, damage error) ([]*disk, error) {
+// open opens the disks, decides for each from where to count changes, and begins its first epoch.
+// It finds out who uses them: while that is looked for in /proc, the kernel waits for grace periods.
+func (j Job) open(ctx context.Context, w *store.Writer, damage error) ([]*disk, []user, error) {
 	var disks []*disk
 	for i, path := range j.Disks {
 		dev, err := openDevice(path)
 		if err != nil {
-			return disks, err
+			return disks, nil, err
 		}
 		d := &disk{device: dev, name: fmt.Sprintf("disk%d", i)}
 		disks = append(disks, d)
 		if d.src, err = j.Source(ctx, path); err != nil {
-			return disks, err
-		}
-		if err := d.held(); err != nil {
-			return disks, err
+			return disks, nil, err
 		}
 		if err := j.begin(ctx, d, w, damage); err != nil {
-			return disks, err
+			return disks, nil, err
 		}
 	}
-	return disks, nil
+	var users []user
+	g, work := errgroup.WithContext(ctx)
+	for _, d := range disks {
+		// Nothing may be read before the epoch in which it could change is open.
+		g.Go(func() error { return d.advance(work) })
+	}
+	g.Go(func() (err error) { users, err = usersOf(work, devices(disks)); return err })
+	if err := g.Wait(); err != nil {
+		return disks, nil, err
+	}
+	for i, d := range disks {
+		d.held(users, i)
+	}
+	return disks, users, nil
 }
 
+func devices(disks []*disk) []*device {
+	out := make([]*device, len(disks))
+	for i, d := range disks {
+		out[i] = d.device
+	}
+	return out
+}
+
+// begin opens d's part of the point.
 func (j Job) begin(ctx context.Context, d *disk, w *store.Writer, damage error) error {
 	before := previous(w.Parent(), d.name)
 	o := store.DiskOptions{Name: d.name, Source: d.path, Size: d.size, Grain: j.Grain, Dedup: true}
@@ -216,8 +238,7 @@ func (j Job) begin(ctx context.Context, d *disk, w *store.Writer, damage error) 
 			d.tracking.Reasons = append(d.tracking.Reasons, "the last point's change ID can't be read")
 		}
 	}
-	// Nothing may be read before the epoch in which it could change is open.
-	return d.advance(ctx)
+	return nil
 }
 
 // ErrShrunk is wrapped when a disk is smaller than its last point.

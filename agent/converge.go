@@ -46,13 +46,9 @@ type convergence struct {
 // converge reads what changed, round after round, until the disks show one
 // instant: because nothing was written between two swaps, or because the
 // guest stood still for the last round.
-func (j Job) converge(ctx context.Context, disks []*disk) (_ outcome, err error) {
-	devs := make([]*device, len(disks))
-	for i, d := range disks {
-		devs[i] = d.device
-	}
+func (j Job) converge(ctx context.Context, disks []*disk, users []user) (_ outcome, err error) {
 	c := &convergence{job: j, disks: disks, meter: meter{report: j.Progress}}
-	if c.pauser, c.chosen, err = j.Quiesce.pauser(devs); err != nil {
+	if c.pauser, c.chosen, err = j.Quiesce.pauser(devices(disks), users); err != nil {
 		return outcome{}, err
 	}
 	defer func() { err = errors.Join(err, c.close()) }()
@@ -124,7 +120,18 @@ func (c *convergence) rounds(ctx context.Context) error {
 			}
 		}
 		opened := c.swapped // also where it was a pause in vain that swapped last
-		if err := c.advanceAll(ctx); err != nil {
+		if err := c.syncAll(); err != nil {
+			return err
+		}
+		if quiet, err := c.quiet(); err != nil {
+			return err
+		} else if quiet {
+			c.instant, c.consistency, c.quiesce.Method = opened, store.Crash, "quiet"
+			return nil
+		}
+		// All are swapped before anything is read, so that the epochs of all disks have a
+		// moment in common.
+		if err := c.swapAll(ctx); err != nil {
 			return err
 		}
 		// A file that nobody had open for writing may have been opened meanwhile.
@@ -149,7 +156,7 @@ func (c *convergence) rounds(ctx context.Context) error {
 			}
 			continue
 		}
-		if !last && c.needs() > c.job.PauseBudget/4 {
+		if !last && c.needs() > c.job.PauseBudget/8 {
 			continue
 		}
 		ok, err := c.pause(ctx)
@@ -178,13 +185,24 @@ func (c *convergence) giveUp(ctx context.Context, why error) error {
 	return c.readRunning(ctx)
 }
 
-// advanceAll closes an epoch of every disk before anything is read, so that
-// the epochs of all disks have a moment in common.
-func (c *convergence) advanceAll(ctx context.Context) error {
-	if err := c.syncAll(); err != nil {
-		return err
+// quiet tells whether nothing was written since the last swap. All has been read by then: so what was
+// read is the disks at any moment between the swap's end and now.
+func (c *convergence) quiet() (bool, error) {
+	seen := make([]cbt.Evidence, len(c.disks))
+	for i, d := range c.disks {
+		quiet, e, err := d.src.Quiet()
+		if err != nil || !quiet {
+			return false, err
+		}
+		if err := d.same(e); err != nil {
+			return false, fmt.Errorf("%s: %w: %w", d.path, cbt.ErrDeviceChanged, err)
+		}
+		seen[i] = e
 	}
-	return c.swapAll(ctx)
+	for i, d := range c.disks {
+		d.evidence = append(d.evidence, seen[i])
+	}
+	return true, nil
 }
 
 func (c *convergence) syncAll() error {
@@ -310,7 +328,7 @@ func (c *convergence) standStill(ctx context.Context, begin time.Time) ([]held, 
 		return nil, false, err
 	}
 	deadline := begin.Add(c.job.PauseBudget)
-	if c.pending() > maxHeld || time.Now().Add(c.needs()/readers).After(deadline) {
+	if c.pending() > maxHeld || time.Now().Add(c.needs()).After(deadline) {
 		return nil, false, nil
 	}
 	pieces, ok, err := c.hold(ctx, deadline)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -17,12 +18,13 @@ import (
 	"github.com/tidemark/tidemark/cbt"
 )
 
-// readChunk is what one read asks of the device, in bytes: large enough that
-// the device streams, small enough that two readers share the work.
+// readChunk is what one read asks of the device at most, in bytes: large enough that
+// the device streams, small enough that the readers share the work.
 const readChunk = 1 << 20
 
-// readers is the number of concurrent reads; each also hashes and compresses.
-const readers = 2
+// readers is the number of concurrent reads; each also hashes and compresses. Changes lie
+// scattered, so most of them wait for the device while others compute.
+const readers = 8
 
 // device is a disk that is being read. It reads past the host's page cache,
 // but coherently with it: the kernel writes dirty pages of the range back first.
@@ -36,12 +38,13 @@ type device struct {
 	bytes, nanos atomic.Int64 // of all reads so far
 }
 
-// rate is what one reader got of the device so far, in bytes per second.
+// rate is what all readers together got of the device so far, in bytes per second. Time that one
+// waited for a processor counts as reading.
 func (d *device) rate() float64 {
 	if n := d.nanos.Load(); n > 0 {
-		return float64(d.bytes.Load()) / float64(n) * 1e9
+		return float64(d.bytes.Load()) / float64(n) * 1e9 * readers
 	}
-	return 100e6 // a modest guess until something was read
+	return 200e6 // a modest guess until something was read
 }
 
 func openDevice(path string) (*device, error) {
@@ -130,14 +133,16 @@ func alignedBuffer(n int) []byte {
 }
 
 // pieces cuts extents into reads of at most readChunk that begin at its multiples.
-func pieces(x cbt.Extents, yield func(off, n int64) bool) {
-	for _, e := range x {
-		for off, end := e.Off, e.Off+e.Len; off < end; {
-			n := min(readChunk-off%readChunk, end-off)
-			if !yield(off, n) {
-				return
+func pieces(x cbt.Extents) iter.Seq[cbt.Extent] {
+	return func(yield func(cbt.Extent) bool) {
+		for _, e := range x {
+			for off, end := e.Off, e.Off+e.Len; off < end; {
+				n := min(readChunk-off%readChunk, end-off)
+				if !yield(cbt.Extent{Off: off, Len: n}) {
+					return
+				}
+				off += n
 			}
-			off += n
 		}
 	}
 }
@@ -146,21 +151,38 @@ func pieces(x cbt.Extents, yield func(off, n int64) bool) {
 // piece is only valid during the call.
 func (d *device) read(ctx context.Context, x cbt.Extents, put func(ctx context.Context, off int64, p []byte) error) error {
 	g, work := errgroup.WithContext(ctx)
-	g.SetLimit(readers)
-	pieces(x, func(off, n int64) bool {
-		if work.Err() != nil {
-			return false
-		}
+	todo := make(chan cbt.Extent)
+	for range readers {
 		g.Go(func() error {
-			b := d.bufs.Get().(*[]byte)
-			defer d.bufs.Put(b)
-			if err := d.readAt((*b)[:n], off); err != nil {
-				return err
+			var b *[]byte
+			defer func() {
+				if b != nil {
+					d.bufs.Put(b)
+				}
+			}()
+			for e := range todo {
+				if b == nil {
+					b = d.bufs.Get().(*[]byte)
+				}
+				if err := d.readAt((*b)[:e.Len], e.Off); err != nil {
+					return err
+				}
+				if err := put(work, e.Off, (*b)[:e.Len]); err != nil {
+					return err
+				}
 			}
-			return put(work, off, (*b)[:n])
+			return nil
 		})
-		return true
-	})
+	}
+	for e := range pieces(x) {
+		select {
+		case todo <- e:
+			continue
+		case <-work.Done():
+		}
+		break
+	}
+	close(todo)
 	if err := g.Wait(); err != nil {
 		return err
 	}

@@ -15,6 +15,7 @@ import (
 type scripted struct {
 	size   int64
 	deltas []cbt.Extents
+	quiet  bool
 	swaps  []time.Time
 	writes uint64
 }
@@ -26,6 +27,10 @@ func (s *scripted) Changes(context.Context, cbt.ChangeID) (cbt.Delta, error) {
 	}
 	s.swaps = append(s.swaps, time.Now())
 	return d, nil
+}
+
+func (s *scripted) Quiet() (bool, cbt.Evidence, error) {
+	return s.quiet, cbt.Evidence{Method: "test", Size: s.size}, nil
 }
 
 func (s *scripted) Prepare() error { return nil }
@@ -52,12 +57,11 @@ func (inert) Resume(context.Context) error          { return nil }
 func (inert) Close() error                          { return nil }
 func (inert) rescue() rescue                        { return rescue{} }
 
-// After a pause in vain, the quiet instant is not older than the pause's swap: what was
-// written before that swap is in the point.
-func TestInstantAfterAPauseInVain(t *testing.T) {
-	const size = 1 << 20
+// newScripted is a disk of a point that is being made.
+func newScripted(t *testing.T, src *scripted) *disk {
+	t.Helper()
 	file := filepath.Join(t.TempDir(), "disk")
-	if err := os.WriteFile(file, make([]byte, size), 0o600); err != nil {
+	if err := os.WriteFile(file, make([]byte, src.size), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	repo, err := store.Init(t.Context(), filepath.Join(t.TempDir(), "repo"))
@@ -74,13 +78,49 @@ func TestInstantAfterAPauseInVain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	src := &scripted{size: size, deltas: []cbt.Extents{{{Off: 0, Len: 4096}}}}
 	d := &disk{device: dev, name: "disk0", src: src, grain: store.DefaultGrain}
 	t.Cleanup(func() { _ = d.close() })
-	if d.out, err = w.Disk(t.Context(), store.DiskOptions{Name: d.name, Source: file, Size: size, Grain: store.DefaultGrain}); err != nil {
+	if d.out, err = w.Disk(t.Context(), store.DiskOptions{Name: d.name, Source: file, Size: src.size, Grain: store.DefaultGrain}); err != nil {
 		t.Fatal(err)
 	}
+	return d
+}
 
+// A quiet disk is read once, and its epoch is swapped no second time for the proof. It takes all
+// disks to be quiet.
+func TestQuietInstant(t *testing.T) {
+	for _, c := range []struct {
+		name         string
+		quiet        [2]bool
+		swaps, sawIt int
+	}{{"both", [2]bool{true, true}, 0, 1}, {"one", [2]bool{true, false}, 1, 1}} {
+		t.Run(c.name, func(t *testing.T) {
+			var disks []*disk
+			for _, q := range c.quiet {
+				disks = append(disks, newScripted(t, &scripted{size: 1 << 20, quiet: q}))
+			}
+			run := &convergence{disks: disks}
+			if err := run.rounds(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			for _, d := range disks {
+				if n := len(d.src.(*scripted).swaps); n != c.swaps || len(d.evidence) != c.sawIt {
+					t.Errorf("%d swaps, evidence %+v", n, d.evidence)
+				}
+			}
+			if run.quiesce.Method != "quiet" {
+				t.Errorf("method %q", run.quiesce.Method)
+			}
+		})
+	}
+}
+
+// After a pause in vain, the quiet instant is not older than the pause's swap: what was
+// written before that swap is in the point.
+func TestInstantAfterAPauseInVain(t *testing.T) {
+	const size = 1 << 20
+	src := &scripted{size: size, deltas: []cbt.Extents{{{Off: 0, Len: 4096}}}}
+	d := newScripted(t, src)
 	c := &convergence{job: Job{PauseBudget: time.Minute}, disks: []*disk{d}, pauser: inert{}}
 	if err := c.rounds(t.Context()); err != nil {
 		t.Fatal(err)

@@ -108,8 +108,8 @@ func paths(disks []*device) []string {
 }
 
 // pauser makes the Pauser of a choice; nil for none and for auto where no
-// user of the disks was found. The text says what was chosen, and why.
-func (q Quiesce) pauser(disks []*device) (Pauser, string, error) {
+// user of the disks is known. The text says what was chosen, and why.
+func (q Quiesce) pauser(disks []*device, users []user) (Pauser, string, error) {
 	switch q.Kind {
 	case "qmp":
 		return &qmpPauser{socket: q.Target}, q.String(), nil
@@ -124,5 +124,5 @@ func (q Quiesce) pauser(disks []*device) (Pauser, string, error) {
 	case "none":
 		return nil, q.String(), nil
 	}
-	return choose(disks)
+	return choose(disks, users)
 }

@@ -3,8 +3,9 @@ package agent
 import (
 	"bufio"
 	"bytes"
+	"cmp"
+	"context"
 	"fmt"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -14,26 +15,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// user is a process that has a disk open for writing.
+// user is a process that has disks open for writing.
 type user struct {
-	pid  int
-	comm string
-	args []string
+	pid   int
+	comm  string
+	args  []string
+	disks []bool // which of those that were asked for
 }
 
-// choose finds out who uses the disks and what can pause it. No Pauser means that
+// choose finds out who of the users can be paused, and how. No Pauser means that
 // the instant has to be found quiet; the text says why.
-func choose(disks []*device) (Pauser, string, error) {
-	users := map[int]user{}
+func choose(disks []*device, users []user) (Pauser, string, error) {
 	var mounts []string
 	for _, d := range disks {
-		us, err := usersOf(d.path)
-		if err != nil {
-			return nil, "", err
-		}
-		for _, u := range us {
-			users[u.pid] = u
-		}
 		ms, err := mountsOf(d.path)
 		if err != nil {
 			return nil, "", err
@@ -41,8 +35,7 @@ func choose(disks []*device) (Pauser, string, error) {
 		mounts = append(mounts, ms...)
 	}
 	var names []string
-	for _, pid := range slices.Sorted(maps.Keys(users)) {
-		u := users[pid]
+	for _, u := range users {
 		if s := u.path(qmpSocket(u.args)); s != "" {
 			return &qmpPauser{socket: s}, fmt.Sprintf("qmp=%s (%s, pid %d, has the disk open)", s, u.comm, u.pid), nil
 		}
@@ -79,54 +72,77 @@ func (u user) path(name string) string {
 	return name
 }
 
-// usersOf finds the processes, but this one, that have the device open for writing.
-func usersOf(path string) ([]user, error) {
-	var want unix.Stat_t
-	if err := unix.Stat(path, &want); err != nil {
-		return nil, &os.PathError{Op: "stat", Path: path, Err: err}
+// usersOf finds the processes, but this one, that have one of the disks open for writing, by
+// process ID. Hosts have many processes: it looks at each once, for all disks.
+func usersOf(ctx context.Context, disks []*device) ([]user, error) {
+	want := make([]unix.Stat_t, len(disks))
+	for i, d := range disks {
+		if err := unix.Stat(d.path, &want[i]); err != nil {
+			return nil, &os.PathError{Op: "stat", Path: d.path, Err: err}
+		}
 	}
-	procs, err := filepath.Glob("/proc/[0-9]*")
+	procs, err := os.ReadDir("/proc")
 	if err != nil {
 		return nil, err
 	}
 	var out []user
+	self := os.Getpid()
 	for _, p := range procs {
-		pid, err := strconv.Atoi(filepath.Base(p))
-		if err != nil || pid == os.Getpid() || !hasOpen(p, want) {
+		pid, err := strconv.Atoi(p.Name())
+		if err != nil || pid == self {
 			continue
 		}
-		u := user{pid: pid}
-		b, _ := os.ReadFile(p + "/comm")
-		u.comm = strings.TrimSpace(string(b))
-		b, _ = os.ReadFile(p + "/cmdline")
-		for arg := range bytes.SplitSeq(bytes.TrimRight(b, "\x00"), []byte{0}) {
-			u.args = append(u.args, string(arg))
+		if err := ctx.Err(); err != nil {
+			return nil, err
 		}
-		out = append(out, u)
+		if open := hasOpen(pid, want); slices.Contains(open, true) {
+			u := user{pid: pid, comm: commOf(pid), disks: open}
+			b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+			for arg := range bytes.SplitSeq(bytes.TrimRight(b, "\x00"), []byte{0}) {
+				u.args = append(u.args, string(arg))
+			}
+			out = append(out, u)
+		}
 	}
+	slices.SortFunc(out, func(a, b user) int { return cmp.Compare(a.pid, b.pid) })
 	return out, nil
 }
 
-// hasOpen looks through the descriptors of a process, which may end meanwhile.
-func hasOpen(proc string, want unix.Stat_t) bool {
+func commOf(pid int) string {
+	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+	return strings.TrimSpace(string(b))
+}
+
+// hasOpen looks through the descriptors of a process, which may end meanwhile, for each of the
+// files wanted.
+func hasOpen(pid int, want []unix.Stat_t) []bool {
+	proc := fmt.Sprintf("/proc/%d", pid)
 	fds, err := os.ReadDir(proc + "/fd")
 	if err != nil {
-		return false
+		return nil
 	}
+	open := make([]bool, len(want))
 	for _, fd := range fds {
 		var st unix.Stat_t
-		if unix.Stat(proc+"/fd/"+fd.Name(), &st) != nil || st.Mode&unix.S_IFMT != want.Mode&unix.S_IFMT {
+		if unix.Stat(proc+"/fd/"+fd.Name(), &st) != nil {
 			continue
 		}
-		same := st.Rdev == want.Rdev
-		if want.Mode&unix.S_IFMT != unix.S_IFBLK {
-			same = st.Dev == want.Dev && st.Ino == want.Ino
-		}
-		if same && opensForWriting(proc+"/fdinfo/"+fd.Name()) {
-			return true
+		for i := range want {
+			open[i] = open[i] || sameFile(&st, &want[i]) && opensForWriting(proc+"/fdinfo/"+fd.Name())
 		}
 	}
-	return false
+	return open
+}
+
+// sameFile compares block devices by their number, all else by its inode.
+func sameFile(a, b *unix.Stat_t) bool {
+	switch {
+	case a.Mode&unix.S_IFMT != b.Mode&unix.S_IFMT:
+		return false
+	case a.Mode&unix.S_IFMT == unix.S_IFBLK:
+		return a.Rdev == b.Rdev
+	}
+	return a.Dev == b.Dev && a.Ino == b.Ino
 }
 
 func opensForWriting(fdinfo string) bool {

@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/tidemark/tidemark/cbt"
 	"github.com/tidemark/tidemark/store"
 )
@@ -70,19 +72,27 @@ func (d *disk) named(vm int) []store.WrittenBy {
 	return append(out[:maxWriters-1], rest)
 }
 
-// held remembers who has the disk open for writing.
-func (d *disk) held() error {
-	users, err := usersOf(d.path)
-	if err != nil {
-		return err
-	}
-	if d.holders == nil {
-		d.holders = map[int]string{}
-	}
+// held remembers who has disk number i open for writing.
+func (d *disk) held(users []user, i int) {
+	d.holders = map[int]string{}
 	for _, u := range users {
-		d.holders[u.pid] = u.comm
+		if u.disks[i] {
+			d.holders[u.pid] = u.comm
+		}
 	}
-	return nil
+}
+
+// heldBy finds out which writers have the disk open that nobody had when the backup began.
+func (d *disk) heldBy(writers map[int]cbt.Writer) {
+	var want unix.Stat_t
+	if unix.Stat(d.path, &want) != nil {
+		return // what was read is as good without
+	}
+	for pid, w := range writers {
+		if _, known := d.holders[pid]; !known && !w.Kernel && slices.Contains(hasOpen(pid, []unix.Stat_t{want}), true) {
+			d.holders[pid] = commOf(pid)
+		}
+	}
 }
 
 // Others are the writers of a point that are neither the VM nor the kernel, over all disks.

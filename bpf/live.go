@@ -20,7 +20,30 @@ type Live struct {
 // Live looks at the current epoch without closing it. The bitmap is copied before
 // taints and losses are read: they hold for all that it shows.
 func (r *Registration) Live() (Live, error) {
-	l := Live{Bitmap: slices.Clone(r.current.Bitmap())}
+	bits := slices.Clone(r.current.Bitmap())
+	l, err := r.live()
+	l.Bitmap = bits
+	return l, err
+}
+
+// Untouched tells whether nothing was written in the current epoch so far: no mark, no taint, no
+// loss. It waits for no grace period, so a write that is just being submitted or completed may not
+// show. But a submission is marked before the driver gets it: what was read from the device before
+// Untouched was called holds no write that was submitted in this epoch, if the answer is true. The
+// bitmap is not in the [Live] returned.
+func (r *Registration) Untouched() (bool, Live, error) {
+	words := r.current.Bitmap()
+	for i := range words {
+		if atomic.LoadUint64(&words[i]) != 0 {
+			return false, Live{}, nil
+		}
+	}
+	l, err := r.live()
+	return err == nil && l.Taint == 0 && l.Loss == 0, l, err
+}
+
+// live is all but the bitmap.
+func (r *Registration) live() (l Live, err error) {
 	l.Taint = Taint(atomic.LoadUint64(&r.current.mem.words[hdrTaint]))
 	so, err := r.soFar(r.current)
 	l.Loss, l.Missed = so.loss, so.missed

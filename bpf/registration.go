@@ -61,6 +61,9 @@ func (r *Registration) Size() int64 { return r.current.Size() }
 // Current is the number of the epoch in which writes are marked now.
 func (r *Registration) Current() uint64 { return r.current.Last() }
 
+// Opened is when that epoch began.
+func (r *Registration) Opened() time.Time { return r.current.Opened() }
+
 // Retained are the closed epochs that were not released yet, ascending. They
 // belong to r.
 func (r *Registration) Retained() []*Epoch { return slices.Clone(r.retained) }

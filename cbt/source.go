@@ -19,6 +19,12 @@ type Source interface {
 	// device has taken its place.
 	Changes(ctx context.Context, since ChangeID) (Delta, error)
 
+	// Quiet tells whether nothing was written since the last Changes closed its epoch, without
+	// closing another one. If so, what was read after that Changes had returned and before
+	// Quiet was called is the disk at the moment when Changes returned; writes that were in flight then may be in it
+	// or not. False may also mean that it can't be told. The evidence is set if it is true.
+	Quiet() (bool, Evidence, error)
+
 	// Prepare makes the next Changes quicker, so that a guest that is paused for it
 	// waits less.
 	Prepare() error
@@ -68,7 +74,7 @@ type Evidence struct {
 	Inode      uint64    `json:"inode,omitempty"`
 	Handle     string    `json:"handle,omitempty"` // tells the inode from others that have or had its number
 	Opened     time.Time `json:"opened,omitzero"`
-	Closed     time.Time `json:"closed,omitzero"`
+	Closed     time.Time `json:"closed,omitzero"` // of an epoch in which nothing was written so far: when that was seen
 	FirstEpoch uint64    `json:"first_epoch,omitempty"`
 	LastEpoch  uint64    `json:"last_epoch,omitempty"`
 	Granule    int64     `json:"granule,omitempty"` // bytes

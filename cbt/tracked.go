@@ -293,6 +293,23 @@ func (v *Evidence) addMisses(missed []uint64) {
 	}
 }
 
+// Quiet implements Source.
+func (s *Tracked) Quiet() (bool, Evidence, error) {
+	// What was stored through a mapping shows now, as in Changes.
+	if err := s.writeBack(0, 0); err != nil {
+		return false, Evidence{}, err
+	}
+	now := time.Now()
+	quiet, live, err := s.reg.Untouched()
+	if err != nil || !quiet {
+		return false, Evidence{}, err
+	}
+	e, err := s.evidence()
+	e.addLive(live, s.reg.Current())
+	e.Opened, e.Closed = s.reg.Opened(), now
+	return err == nil, e, err
+}
+
 // Prepare implements Source.
 func (s *Tracked) Prepare() error { return s.reg.Prepare() }
 

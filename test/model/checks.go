@@ -48,6 +48,8 @@ var checks = []check{
 	{"a write in flight when tracking begins", []string{"WRITES=2", "SWAPS=3", "KILLS=1", "BEGINNING"}, ""},
 	{"the same on a device that completes bios", []string{"WRITES=2", "SWAPS=3", "KILLS=1", "BEGINNING", "BIO"}, ""},
 	{"instants, more writes", []string{"WRITES=3", "SWAPS=3", "KILLS=0", "INSTANTS"}, ""},
+	{"instants, lost events", []string{"WRITES=2", "SWAPS=2", "KILLS=0", "COPIES=1", "MISSES=2", "INSTANTS"}, ""},
+	{"instants on a device that completes bios", []string{"WRITES=2", "SWAPS=3", "KILLS=0", "INSTANTS", "BIO", "BEGINNING"}, ""},
 	{"instants, pauses that fail", []string{"WRITES=2", "SWAPS=4", "KILLS=0", "INSTANTS"}, ""},
 
 	// What is not needed for P1, though it is for another property: said here so that
@@ -68,5 +70,7 @@ var checks = []check{
 	{"an adopting process forgets closed epochs", []string{"WRITES=1", "SWAPS=2", "KILLS=1", "ADOPT_DROPS_CLOSED"}, "P5"},
 	{"the same, and gaps between epochs are not looked for", []string{"WRITES=1", "SWAPS=2", "KILLS=1", "ADOPT_DROPS_CLOSED", "NO_GAP_CHECK"}, "P1"},
 	{"a foreign commit, and gaps between epochs are not looked for", []string{"WRITES=1", "SWAPS=2", "KILLS=0", "FOREIGN=1", "NO_GAP_CHECK"}, "P1"},
+	{"an instant is looked for before all is read", []string{"WRITES=2", "SWAPS=2", "KILLS=0", "INSTANTS", "LOOK_BEFORE_READ"}, "P4"},
+	{"an instant is looked for in the bitmap alone", []string{"WRITES=1", "SWAPS=2", "KILLS=0", "COPIES=1", "MISSES=1", "INSTANTS", "LOOK_PAST_MISSES"}, "P4"},
 	{"an instant is named by the swap before a pause that failed", []string{"WRITES=2", "SWAPS=4", "KILLS=0", "RETAINED=4", "INSTANTS", "INSTANT_BEFORE_PAUSE"}, "P4"},
 }

@@ -125,6 +125,7 @@ byte diskLate, workLate; /* granules that hold data of such a write */
 byte early;		/* granules that lacked a write that had completed by then */
 bit failedPause;
 bit lackedEarly, heldLate; /* what of this was so when the next swap came */
+bit marked;		/* the look at the current epoch found something */
 #endif
 
 /* Scratch: holds nothing between two steps. A search for the shortest trace takes no hidden ones. */
@@ -368,7 +369,7 @@ inline vanish()
 	ahead[WORK] = ahead[POINT];
 	dropSample();
 #ifdef INSTANTS
-	late = 0; diskLate = 0; workLate = 0; early = 0; failedPause = 0; lackedEarly = 0; heldLate = 0;
+	late = 0; diskLate = 0; workLate = 0; early = 0; failedPause = 0; lackedEarly = 0; heldLate = 0; marked = 0;
 #endif
 }
 
@@ -376,6 +377,12 @@ inline vanish()
 #define STEP(words, ...) \
 	if \
 	:: atomic { kills > 0 -> d_step { kills--; printf(words); vanish(); CLEAN }; goto killed } \
+	:: d_step { __VA_ARGS__; CLEAN } \
+	fi
+
+/* A d_step that others may jump to. */
+#define LOCAL(...) \
+	if \
 	:: d_step { __VA_ARGS__; CLEAN } \
 	fi
 
@@ -435,6 +442,19 @@ inline unpin(i)
 	clearBase(i)
 }
 
+#ifdef INSTANTS
+/* bpf.Registration.Untouched: what the current epoch shows so far. */
+inline lookAt()
+{
+	LOCAL(marked = (bitmap[current] != 0 || taint[current]));
+	takeSample();
+#ifndef LOOK_PAST_MISSES
+	LOCAL(u = marked; LOSS_SINCE(sample, current); marked = u);
+#endif
+	LOCAL(dropSample(); printf("process|looks at the current epoch %d: something in it: %d\n", current, marked))
+}
+#endif
+
 /* bpf.Registration.finish */
 inline finish(i)
 {
@@ -464,12 +484,6 @@ inline finish(i)
 			PROPERTY(P1, due == 0, "the point lacks a write that had completed when its last epoch was closed\n"); \
 			nothingForgotten()) \
 	:: else \
-	fi
-
-/* A d_step that others may jump to. */
-#define LOCAL(...) \
-	if \
-	:: d_step { __VA_ARGS__; CLEAN } \
 	fi
 
 /* In n: the oldest epoch that is pinned, at most last, and wanted; or 0. */
@@ -652,6 +666,9 @@ swap:
 	fi };
 
 	/* agent.convergence.readRunning */
+#if defined(INSTANTS) && defined(LOOK_BEFORE_READ)
+	lookAt();
+#endif
 	do
 	:: atomic {
 		pending != 0 ->
@@ -677,6 +694,9 @@ swap:
 	}
 	:: atomic { pending == 0 ->
 		if
+#ifdef INSTANTS
+		:: !foreign -> goto look
+#endif
 		:: again = 1;
 #ifdef INSTANTS
 			failedPause = 0;
@@ -685,6 +705,27 @@ swap:
 		:: goto commit /* the guest stands still, or the backup ends without an instant */
 		fi }
 	od;
+
+#ifdef INSTANTS
+	/* agent.convergence.quiet and cbt.Tracked.Quiet: no epoch is closed, no grace period awaited. */
+look:
+#ifndef LOOK_BEFORE_READ
+	lookAt();
+#endif
+	atomic {
+		failedPause = 0;
+		if
+		:: !marked ->
+			d_step {
+				printf("process|nothing is marked in the current epoch: an instant\n");
+				PROPERTY(P4, early == 0, "the instant lacks a write that had completed by then\n");
+				PROPERTY(P4, workLate == 0, "the instant holds a write that was submitted later\n")
+			};
+			goto commit
+		:: else -> marked = 0; again = 1; goto swap
+		fi
+	};
+#endif
 
 commit:
 #ifndef RELEASE_BEFORE_COMMIT
