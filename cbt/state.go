@@ -285,11 +285,24 @@ func (v State) Audit(tracker *bpf.Tracker, path string) (*Tracked, error) {
 	return Adopt(tracker, path)
 }
 
+// empty tells whether no state of any device is kept, which is mostly so: to find out what the
+// device is called takes a look at all others.
+func (v State) empty() (bool, error) {
+	if v.Dir == "" {
+		return true, nil
+	}
+	all, err := os.ReadDir(v.Dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return true, nil
+	}
+	return len(all) == 0, err
+}
+
 // take removes the saved state of the device, and returns it if it is of an earlier boot and
 // can be read; else it may say why not.
 func (v State) take(tracker *bpf.Tracker, dev bpf.Device) (*savedState, string, error) {
-	if v.Dir == "" {
-		return nil, "", nil
+	if none, err := v.empty(); none || err != nil {
+		return nil, "", err
 	}
 	id, err := dev.Identity()
 	if errors.Is(err, bpf.ErrNoIdentity) {
