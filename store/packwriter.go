@@ -166,6 +166,20 @@ func (w *packWriter) upload() {
 	}()
 }
 
+// send begins to put what is left.
+func (w *packWriter) send(ctx context.Context) error {
+	if err := w.fill.lock(ctx); err != nil {
+		return err
+	}
+	defer w.fill.unlock()
+	if w.cur != nil && w.failed() == nil {
+		if err := w.seal(ctx); err != nil {
+			return err
+		}
+	}
+	return w.failed()
+}
+
 // flush puts what is left and returns when every record added before is durable.
 func (w *packWriter) flush(ctx context.Context) error {
 	if err := w.fill.lock(ctx); err != nil {

@@ -121,8 +121,8 @@ func (w *Writer) setEnded() (was bool) {
 // point's time is moved after the newest point's if it is not later already. The result
 // is the published point.
 //
-// Order: data packs, node packs, document; each is durable before the next is
-// begun. After an error nothing is published, the Writer is broken, and the
+// Order: data packs, node packs, document. Maps are computed while the last data pack is put;
+// the last node packs are begun when all data packs are durable, the document when all packs are. After an error nothing is published, the Writer is broken, and the
 // caller must Abort it to release the lock.
 func (w *Writer) Commit(ctx context.Context, p Point) (*Point, error) {
 	w.use.Lock()
@@ -145,10 +145,14 @@ func (w *Writer) commit(ctx context.Context, p Point) (*Point, error) {
 	if err := w.fillPoint(&p); err != nil {
 		return nil, err
 	}
-	if err := w.data.flush(ctx); err != nil {
+	// Maps are computed while the last data pack is on its way.
+	if err := w.data.send(ctx); err != nil {
 		return nil, err
 	}
 	if err := w.buildMaps(ctx, p.Disks); err != nil {
+		return nil, err
+	}
+	if err := w.data.flush(ctx); err != nil {
 		return nil, err
 	}
 	if err := w.nodes.flush(ctx); err != nil {
