@@ -10,7 +10,8 @@
 //	gen-N/meta            layout version, boot ID, link IDs; written last
 //	gen-N/map-NAME        the maps of tracker.bpf.c
 //	gen-N/link-PROGRAM    one link per program and copy
-//	dev-SLOT/eNUMBER      the epochs of one device; the number has 16 hex digits
+//	gen-N/files-FS/       the same for the programs that see image files on one file system
+//	dev-SLOT/eNUMBER      the epochs of one device or file; the number has 16 hex digits
 //
 // A process that ends, however it ends, leaves all of it working. The next one
 // adopts it. State is changed under flock of that directory; one device's

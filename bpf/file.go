@@ -262,8 +262,7 @@ func (f File) insert(t *Tracker, slot uint32, shift uint) error {
 	return f.settle()
 }
 
-// settle waits for operations that entered the file system before its programs were attached, and so
-// will not be seen to end: fallocate and reflink hold the inode's lock, for which lseek (ext4, btrfs)
+// settle: fallocate and reflink hold the inode's lock, for which lseek (ext4, btrfs)
 // and reading (xfs) queue behind them.
 func (f File) settle() error {
 	file, err := os.Open(f.Path)

@@ -155,7 +155,11 @@ func (s *Tracked) Changes(ctx context.Context, since ChangeID) (Delta, error) {
 		}
 	}
 	for _, e := range epochs {
-		d.Unknown = append(d.Unknown, judge(e)...)
+		for _, why := range judge(e) {
+			if !slices.Contains(d.Unknown, why) {
+				d.Unknown = append(d.Unknown, why)
+			}
+		}
 		d.Evidence.add(e)
 		d.Evidence.Earlier = d.Evidence.Earlier || !s.reg.Seen(e)
 	}
