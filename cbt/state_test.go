@@ -196,7 +196,7 @@ func TestStateIsDroppedWhenTheDeviceIsUsedAgain(t *testing.T) {
 	_ = s.Close()
 
 	h.save(t, dev)
-	if err := h.Forget(h.tracker(t), dev); err != nil {
+	if err := h.Forget(dev); err != nil {
 		t.Fatal(err)
 	}
 	if left := h.states(t); len(left) > 0 {
