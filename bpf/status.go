@@ -92,6 +92,9 @@ func (t *Tracker) status(s Status, slot, heatShift uint32) (Status, error) {
 		s.BitmapBytes += int64(len(e.mem.mem))
 		s.Taint |= e.Taint()
 		s.Loss |= e.Loss()
+		if s.Image && e.hdr(hdrClosed) == 0 && hooksChanged(e.hdr(hdrHooks), t.hookChanges()) {
+			s.Loss |= LossHooks // it will be
+		}
 		e.close()
 	}
 	s.Retained = len(epochs) - 1
