@@ -18,6 +18,6 @@
 // epochs are used under flock of its own.
 //
 // File descriptors and mappings belong to the [Tracker], [Registration] or [Epoch] that
-// made them and are released by its Close. It imports no other package of
-// Tidemark.
+// made them and are released by its Close. Of Tidemark it imports
+// internal/procfs alone.
 package bpf
