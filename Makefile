@@ -63,7 +63,7 @@ bench-tracking-vm: ## the same beside dm-era and dm-snapshot, under a Debian ker
 	CGO_ENABLED=0 $(GO) build -o bin/vmtest ./test/vm/cmd/vmtest
 	@echo "the host's load: $$(cat /proc/loadavg)"
 	bin/vmtest -kernel $(or $(KERNEL),linux-image-cloud-amd64) -timeout 120m -modules virtio_pci,virtio_blk,virtio_rng,loop,dm-mod,dm-era,dm-snapshot \
-	  -disk nvme:96 -disk nvme:128 -disk 96 -disk 128 $(foreach t,fio dmsetup,-tool $$(command -v $t)) \
+	  -disk nvme:96 -disk nvme:128 -disk 96 -disk 128 $(foreach t,fio dmsetup,-tool $$(PATH=$$PATH:/usr/sbin:/sbin command -v $t)) \
 	  bin/trackbench -busy -rounds 7 -seconds 2 -stat-rounds 1 -devices loop -size 96 -scratch /dev/nvme0n1:/dev/nvme1n1 -scratch /dev/vda:/dev/vdb \
 	  -layers none,attached,tracked,linear,era,snapshot $(BENCHFLAGS)
 
@@ -95,9 +95,9 @@ vmtest-files: ## image files on ext4, xfs and btrfs under a Debian kernel in QEM
 	mkdir -p bin
 	CGO_ENABLED=0 $(GO) test -c -o bin/cbt.test ./cbt
 	CGO_ENABLED=0 $(GO) test -c -o bin/agent.test ./agent
-	$(GO) run ./test/vm/cmd/vmtest -kernel $(or $(KERNEL),linux-image-cloud-amd64) -timeout 60m -memory 2048 -modules virtio_pci,virtio_blk,virtio_rng,loop,dm-mod,dm-delay,xfs,btrfs \
+	$(GO) run ./test/vm/cmd/vmtest -kernel $(or $(KERNEL),linux-image-cloud-amd64) -timeout 80m -memory 2048 -modules virtio_pci,virtio_blk,virtio_rng,loop,dm-mod,dm-delay,xfs,btrfs \
 	  $(foreach t,fio losetup sfdisk partx blkdiscard dmsetup mkfs.ext4 mkfs.xfs mkfs.btrfs xfs_io chattr,-tool $$(PATH=$$PATH:/usr/sbin:/sbin command -v $t)) \
-	  bin/cbt.test -test.v -test.run '^TestFile' -test.timeout 50m -- bin/agent.test -test.v -test.run 'Image' -test.timeout 15m
+	  bin/cbt.test -test.v -test.run '^TestFile' -test.timeout 60m -- bin/agent.test -test.v -test.run 'Image' -test.timeout 15m
 
 model: ## Spin: the epoch protocol keeps its properties, broken variants do not
 	test/deps.sh model

@@ -56,17 +56,6 @@ func FuzzQMPSocket(f *testing.F) {
 	})
 }
 
-func FuzzUnescape(f *testing.F) {
-	f.Add(`/mnt/a\040b`)
-	f.Add(`\`)
-	f.Add(`\9`)
-	f.Fuzz(func(t *testing.T, s string) {
-		if got := unescape(s); len(got) > len(s) || !strings.Contains(s, `\`) && got != s {
-			t.Errorf("%q became %q", s, got)
-		}
-	})
-}
-
 func TestQMPSocketIsFoundInQEMUsCommandLine(t *testing.T) {
 	for line, want := range map[string]string{
 		"qemu -qmp unix:/run/a,server=on,wait=off":                                "/run/a",

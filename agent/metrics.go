@@ -98,7 +98,10 @@ func Sum(p *store.Point) store.Stats {
 
 func (m *metrics) handler() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{}))
+	mux.Handle("GET /metrics", promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{
+		// What can be had is served; promhttp_metric_handler_errors_total says that something is missing.
+		ErrorHandling: promhttp.ContinueOnError, Registry: m.registry,
+	}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("ok\n")) })
 	return mux
 }

@@ -13,6 +13,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tidemark/tidemark/internal/procfs"
 )
 
 // user is a process that has disks open for writing.
@@ -227,24 +229,8 @@ func mountsOf(path string) ([]string, error) {
 	for sc.Scan() {
 		f := strings.Fields(sc.Text())
 		if len(f) > 4 && numbers[f[2]] {
-			out = append(out, unescape(f[4]))
+			out = append(out, procfs.Unescape(f[4]))
 		}
 	}
 	return out, sc.Err()
-}
-
-// unescape undoes the octal escapes of mountinfo (proc(5)).
-func unescape(s string) string {
-	var out strings.Builder
-	for i := 0; i < len(s); i++ {
-		if s[i] == '\\' && i+3 < len(s) {
-			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
-				out.WriteByte(byte(n))
-				i += 3
-				continue
-			}
-		}
-		out.WriteByte(s[i])
-	}
-	return out.String()
 }

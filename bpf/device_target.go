@@ -32,6 +32,8 @@ func (d Device) changed(since *Epoch) Loss {
 
 func (d Device) lookAgain() (Target, error) { return d.again() }
 
+func (d Device) settle() error { return nil }
+
 func (d Device) heatShift() uint32 { return heatShift(uint64(d.Size) / 512) }
 
 func (d Device) find(t *Tracker) (uint32, bool, error) {

@@ -11,6 +11,7 @@ var (
 	ErrUntrackable   = errors.New("writes to it can't be seen by block tracepoints")
 	ErrNoFileHooks   = errors.New("this kernel can't track image files")
 	ErrNotAttached   = errors.New("no tracker is attached on this host")
+	ErrUnusable      = errors.New("a tracker is pinned on this host that this version of tidemark can't use") // is ErrNotAttached too
 	ErrNotRegistered = errors.New("not tracked")
 	ErrDamaged       = errors.New("its pinned epochs can't be adopted")
 	ErrDetached      = errors.New("the tracker was removed or replaced by another process: open it again")

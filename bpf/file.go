@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tidemark/tidemark/internal/procfs"
 )
 
 // File is an image file as the kernel sees it now.
@@ -128,7 +130,7 @@ func notSwap(st unix.Statx_t) error {
 	for line := range strings.Lines(string(b)) {
 		name, _, _ := strings.Cut(line, " ")
 		var s unix.Statx_t
-		if unix.Statx(unix.AT_FDCWD, unescape(name), 0, unix.STATX_INO, &s) == nil &&
+		if unix.Statx(unix.AT_FDCWD, procfs.Unescape(name), 0, unix.STATX_INO, &s) == nil &&
 			s.Ino == st.Ino && s.Dev_major == st.Dev_major && s.Dev_minor == st.Dev_minor {
 			return errors.New("it is used as swap")
 		}
@@ -164,7 +166,7 @@ func mounts(f func(id uint64, m mount) bool) error {
 		if _, err := fmt.Sscanf(left[2], "%d:%d", &major, &minor); err != nil {
 			continue
 		}
-		if !f(id, mount{dev: major<<20 | minor, dir: unescape(left[4]), fstype: right[0]}) {
+		if !f(id, mount{dev: major<<20 | minor, dir: procfs.Unescape(left[4]), fstype: right[0]}) {
 			break
 		}
 	}
@@ -183,22 +185,6 @@ func mountByID(want uint64) (mount, error) {
 		err = errors.New("its mount is not one of this process' (another mount namespace)")
 	}
 	return found, err
-}
-
-// unescape undoes the octal escapes of the files in /proc.
-func unescape(s string) string {
-	var out strings.Builder
-	for i := 0; i < len(s); i++ {
-		if s[i] == '\\' && i+3 < len(s) {
-			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
-				out.WriteByte(byte(n))
-				i += 3
-				continue
-			}
-		}
-		out.WriteByte(s[i])
-	}
-	return out.String()
 }
 
 func isRegular(path string) bool {
@@ -262,8 +248,7 @@ func (f File) insert(t *Tracker, slot uint32, shift uint) error {
 	return f.settle()
 }
 
-// settle waits for operations that entered the file system before its programs were attached, and so
-// will not be seen to end: fallocate and reflink hold the inode's lock, for which lseek (ext4, btrfs)
+// settle: fallocate and reflink hold the inode's lock, for which lseek (ext4, btrfs)
 // and reading (xfs) queue behind them.
 func (f File) settle() error {
 	file, err := os.Open(f.Path)

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -84,14 +85,17 @@ var fileSystems = map[string]fileSystem{
 
 // fileHooks are the programs attached to one file system.
 type fileHooks struct {
+	t        *Tracker
 	dir      string
 	hooks    []hook
 	instance uint64
 	since    time.Time
-	lnk      []link.Link // per hook and copy
-	progs    []*ebpf.Program
-	ids      []uint32
 	seam     func([]uint64) []uint64
+
+	mu    sync.Mutex
+	lnk   []link.Link // per hook and copy; none after close, which others may not have noticed
+	progs []*ebpf.Program
+	ids   []uint32
 }
 
 var _ programSet = (*fileHooks)(nil)
@@ -109,7 +113,13 @@ func (h *fileHooks) names() []string {
 func (h *fileHooks) wholeCalls() bool    { return false }
 func (h *fileHooks) instanceID() uint64  { return h.instance }
 func (h *fileHooks) attached() time.Time { return h.since }
-func (h *fileHooks) links() []uint32     { return h.ids }
+func (h *fileHooks) changes() uint64     { return h.t.hookChanges() }
+
+func (h *fileHooks) links() []uint32 {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.ids
+}
 
 func (h *fileHooks) present(missed []uint64) []uint64 { return missed }
 func (h *fileHooks) stray([]uint64) bool              { return false }
@@ -121,6 +131,11 @@ func (h *fileHooks) name(i int) string {
 func (h *fileHooks) pin(i int) string { return filepath.Join(h.dir, "link-"+h.name(i)) }
 
 func (h *fileHooks) missed() ([]uint64, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if len(h.progs) != len(h.hooks)*copies {
+		return nil, ErrDetached
+	}
 	out := make([]uint64, len(h.progs))
 	for i, p := range h.progs {
 		s, err := p.Stats()
@@ -136,6 +151,11 @@ func (h *fileHooks) missed() ([]uint64, error) {
 }
 
 func (h *fileHooks) intact() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if len(h.ids) != len(h.hooks)*copies {
+		return false
+	}
 	for i, id := range h.ids {
 		if now, err := pinnedLinkID(h.pin(i)); err != nil || now != id {
 			return false
@@ -158,6 +178,8 @@ func pinnedLinkID(pin string) (uint32, error) {
 }
 
 func (h *fileHooks) close() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	for _, l := range h.lnk {
 		_ = l.Close()
 	}
@@ -185,11 +207,18 @@ func (t *Tracker) hooks(fs string, attach bool) (*fileHooks, error) {
 	if h := t.fileHooks[fs]; h != nil && h.intact() {
 		return h, nil
 	}
-	h := &fileHooks{dir: t.pin("files-" + fs), hooks: fileSystems[fs].hooks, seam: t.options.FileMisses}
+	if _, ok := fileSystems[fs]; !ok {
+		return nil, fmt.Errorf("%w: not on %q", ErrNoFileHooks, fs)
+	}
+	h := &fileHooks{t: t, dir: t.pin("files-" + fs), hooks: fileSystems[fs].hooks, seam: t.options.FileMisses}
 	err := h.adopt()
 	if err != nil && attach {
 		h.close()
-		err = t.attachFiles(fs, h)
+		t.beginHookChange()
+		if err = t.attachFiles(fs, h); err != nil {
+			err = errors.Join(err, os.RemoveAll(h.dir))
+		}
+		t.endHookChange()
 	}
 	if err != nil {
 		h.close()
@@ -482,9 +511,39 @@ func (t *Tracker) removeFile(key filesFileKey, fs string) error {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.beginHookChange()
+	defer t.endHookChange()
 	if h := t.fileHooks[fs]; h != nil {
 		h.close()
 		delete(t.fileHooks, fs)
 	}
 	return os.RemoveAll(t.pin("files-" + fs))
+}
+
+// FileMisses are the events that the programs for image files on one file system have missed since they were
+// attached.
+type FileMisses struct {
+	FS       string   // its type
+	Programs []string // copies of each are attached
+	Missed   []uint64 // per program and copy
+}
+
+// FileMisses are those of all file systems of which a file is tracked. Beside an error stands what could be read.
+func (t *Tracker) FileMisses() (all []FileMisses, err error) {
+	for _, fs := range FileSystems() {
+		if _, e := os.Stat(t.pin("files-" + fs)); errors.Is(e, os.ErrNotExist) {
+			continue
+		}
+		h, e := t.hooks(fs, false)
+		var missed []uint64
+		if e == nil {
+			missed, e = h.missed()
+		}
+		if e != nil {
+			err = errors.Join(err, e)
+			continue
+		}
+		all = append(all, FileMisses{FS: fs, Programs: h.names(), Missed: missed})
+	}
+	return all, err
 }

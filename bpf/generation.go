@@ -116,6 +116,11 @@ func (t *Tracker) adopt() error {
 			return err
 		}
 	}
+	// Of a process that died while it attached or detached.
+	t.endHookChange()
+	if newest > 0 {
+		return t.sweep()
+	}
 	return nil
 }
 

@@ -48,6 +48,7 @@ const (
 	hdrSaved    = 49  // 0, or how an epoch of another boot is known to be complete: SavedProven, SavedTrusted
 	hdrSavedIn  = 50  // and 51: that boot
 	hdrPrograms = 52  // words used of each of the following
+	hdrHooks    = 54  // hostHooks, when opened
 	hdrMissBase = 64  // one word per program and copy, when opened
 	hdrMissed   = 128 // likewise, at close: missed while open
 )
@@ -59,6 +60,7 @@ const (
 	hostNoEpoch     = 0
 	hostPassthrough = 1
 	hostWriters     = 2
+	hostHooks       = 3 // userspace's own, see hookchange.go
 	hostNVMeOps     = 4 // and 3 more
 )
 
@@ -109,6 +111,7 @@ const (
 	LossPassthrough                  // a passthrough command on a queue shared by several devices
 	LossUncounted                    // the kernel counted more written sectors than the programs saw
 	LossTable                        // another device-mapper table
+	LossHooks                        // image files: programs were attached to its file system's functions, or detached
 )
 
 var taintText = map[Taint]string{
@@ -134,6 +137,7 @@ var lossText = map[Loss]string{
 	LossPassthrough: "a passthrough command on a controller's queue may have written to any of its devices",
 	LossUncounted:   "the kernel counted more written sectors than the tracker saw",
 	LossTable:       "the device-mapper table was replaced",
+	LossHooks:       "tracking programs of image files were replaced, attached or detached, and the kernel does not tell these of the end of what was under way then",
 }
 
 // Reasons says each bit in words, for a person.

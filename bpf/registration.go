@@ -161,19 +161,8 @@ func (r *Registration) install(shift uint, saved *Saved) error {
 func granules(size int64, shift uint) uint64 { return uint64(size+(1<<shift)-1) >> shift }
 
 func (t *Tracker) freeSlot() (uint32, error) {
-	var used [maxDevices]bool
-	t.devices.all(func(_ uint32, p place) bool {
-		if p.slot < maxDevices {
-			used[p.slot] = true
-		}
-		return true
-	})
-	if err := t.eachFile(func(_ filesFileKey, f filesImage) bool {
-		if f.Slot < maxDevices {
-			used[f.Slot] = true
-		}
-		return true
-	}); err != nil {
+	used, err := t.usedSlots()
+	if err != nil {
 		return 0, err
 	}
 	for i, u := range used {
@@ -182,6 +171,23 @@ func (t *Tracker) freeSlot() (uint32, error) {
 		}
 	}
 	return 0, fmt.Errorf("%w: %d devices and files are tracked", ErrFull, maxDevices)
+}
+
+// usedSlots tells of each slot whether a device or file has it.
+func (t *Tracker) usedSlots() (used [maxDevices]bool, err error) {
+	t.devices.all(func(_ uint32, p place) bool {
+		if p.slot < maxDevices {
+			used[p.slot] = true
+		}
+		return true
+	})
+	err = t.eachFile(func(_ filesFileKey, f filesImage) bool {
+		if f.Slot < maxDevices {
+			used[f.Slot] = true
+		}
+		return true
+	})
+	return used, err
 }
 
 // Forget drops what is tracked under the number of what, also if it can't be acquired
@@ -378,6 +384,7 @@ func (r *Registration) begin(s shape) (*Epoch, error) {
 	w[hdrOpenedAt] = uint64(time.Now().UnixNano())
 	w[hdrInstance] = r.programs.instanceID()
 	w[hdrTracked] = s.tracked
+	w[hdrHooks] = r.programs.changes()
 	w[hdrPrograms] = uint64(len(missed))
 	copy(w[hdrMissBase:hdrMissed], missed)
 	w[hdrHostBase] = r.t.hostMap.words[hostNoEpoch]
@@ -428,10 +435,17 @@ func (r *Registration) Swap() (*Epoch, error) {
 		}
 	}
 	c := r.current
+	changes := r.programs.changes()
+	if hooksChanged(c.hdr(hdrHooks), changes) {
+		if err := r.what.settle(); err != nil {
+			return nil, err
+		}
+	}
 	next, err := r.begin(c.next())
 	if err != nil {
 		return nil, err
 	}
+	next.mem.words[hdrHooks] = changes // those after this look are next's
 	if err := r.t.maps.Epochs.Put(r.slot, next.m); err != nil {
 		_ = os.Remove(next.pin)
 		next.close()
@@ -494,6 +508,9 @@ func (r *Registration) soFar(e *Epoch) (so soFar, err error) {
 	}
 	if r.t.hostMap.words[hostPassthrough] != e.hdr(hdrHostBase+1) {
 		so.loss |= LossPassthrough
+	}
+	if hooksChanged(e.hdr(hdrHooks), r.programs.changes()) {
+		so.loss |= LossHooks
 	}
 	now, err := r.what.lookAgain()
 	if err != nil || now.id() != r.what.id() {

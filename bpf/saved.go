@@ -42,7 +42,7 @@ func (r *Registration) Export() (Saved, error) {
 	if len(r.retained) == 0 {
 		return Saved{}, errors.New("no epoch was closed")
 	}
-	boot, err := r.t.BootID()
+	boot, err := BootID()
 	if err != nil {
 		return Saved{}, err
 	}

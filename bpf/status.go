@@ -44,19 +44,20 @@ func (t *Tracker) Lost() map[string]uint64 {
 }
 
 // Status lists the tracked devices and image files. It takes no lock: one that is
-// swapping epochs may be seen half way.
+// swapping epochs may be seen half way. Beside an error stands what could be read of the others.
 func (t *Tracker) Status() ([]Status, error) {
 	var out []Status
-	var err error
+	var errs []error
 	add := func(s Status, slot, heatShift uint32) bool {
-		s, err = t.status(s, slot, heatShift)
+		s, err := t.status(s, slot, heatShift)
 		switch {
-		case errors.Is(err, os.ErrNotExist):
-			err = nil // gone meanwhile
-		case err == nil:
+		case errors.Is(err, os.ErrNotExist): // gone meanwhile
+		case err != nil:
+			errs = append(errs, fmt.Errorf("%d:%d %s: %w", s.Major, s.Minor, s.Name, err))
+		default:
 			out = append(out, s)
 		}
-		return err == nil
+		return true
 	}
 	t.devices.all(func(_ uint32, p place) bool {
 		s := Status{Major: p.own >> 20, Minor: p.own & (1<<20 - 1), Granule: 1 << p.shift}
@@ -65,10 +66,7 @@ func (t *Tracker) Status() ([]Status, error) {
 		}
 		return add(s, p.slot, p.heatShift)
 	})
-	if err != nil {
-		return out, err
-	}
-	each := t.eachFile(func(k filesFileKey, f filesImage) bool {
+	err := t.eachFile(func(k filesFileKey, f filesImage) bool {
 		s := Status{Major: uint32(k.Dev >> 20), Minor: uint32(k.Dev & (1<<20 - 1)), Granule: 1 << f.GranuleShift, Image: true, Inode: k.Ino}
 		s.Name = fmt.Sprintf("inode %d of a file system that is not mounted here", k.Ino)
 		_ = mounts(func(_ uint64, m mount) bool {
@@ -79,7 +77,7 @@ func (t *Tracker) Status() ([]Status, error) {
 		})
 		return add(s, f.Slot, f.HeatShift)
 	})
-	return out, errors.Join(err, each)
+	return out, errors.Join(append(errs, err)...)
 }
 
 func (t *Tracker) status(s Status, slot, heatShift uint32) (Status, error) {
@@ -94,6 +92,9 @@ func (t *Tracker) status(s Status, slot, heatShift uint32) (Status, error) {
 		s.BitmapBytes += int64(len(e.mem.mem))
 		s.Taint |= e.Taint()
 		s.Loss |= e.Loss()
+		if s.Image && e.hdr(hdrClosed) == 0 && hooksChanged(e.hdr(hdrHooks), t.hookChanges()) {
+			s.Loss |= LossHooks // it will be
+		}
 		e.close()
 	}
 	s.Retained = len(epochs) - 1

@@ -15,6 +15,9 @@ type Target interface {
 	lookAgain() (Target, error)
 	kernelSectors() (uint64, bool)
 	heatShift() uint32
+	// settle waits for operations that its programs may not see the end of, because programs were attached
+	// or detached meanwhile.
+	settle() error
 
 	find(t *Tracker) (slot uint32, ok bool, err error)
 	insert(t *Tracker, slot uint32, shift uint) error
@@ -32,6 +35,7 @@ type programSet interface {
 	instanceID() uint64
 	attached() time.Time
 	links() []uint32
+	changes() uint64                  // see hookChanges; an epoch in which it changes is lost
 	present(missed []uint64) []uint64 // of the copies that are attached
 	stray(ever []uint64) bool         // see strayLanding
 }
@@ -60,6 +64,7 @@ func (b blockPrograms) intact() bool        { return b.t.intact() }
 func (b blockPrograms) instanceID() uint64  { return b.t.instance }
 func (b blockPrograms) attached() time.Time { return b.t.since }
 func (b blockPrograms) links() []uint32     { return b.t.LinkIDs() }
+func (b blockPrograms) changes() uint64     { return 0 } // tracepoints call them whatever else is attached
 
 func (b blockPrograms) present(missed []uint64) []uint64 { return b.t.Attached(Misses(missed)) }
 func (b blockPrograms) stray(ever []uint64) bool         { return strayLanding(ever, b.t.copies) }

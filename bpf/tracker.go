@@ -34,7 +34,8 @@ func ProgramNames() []string { return append([]string(nil), programs...) }
 type Options struct {
 	// Dir is the directory in bpffs; DefaultDir if empty.
 	Dir string
-	// AdoptOnly makes Open fail with ErrNotAttached where it would attach.
+	// AdoptOnly makes Open fail with ErrNotAttached where it would attach; with ErrUnusable too, if there
+	// is something that it would replace.
 	AdoptOnly bool
 	// Copies of each program to attach, 1 to 3; 0 in all other use than tests: one until it
 	// has missed an event.
@@ -158,7 +159,7 @@ func Open(o Options) (*Tracker, error) {
 		return nil, permission(fmt.Errorf("adopt the pinned tracker: %w", err))
 	}
 	if o.AdoptOnly {
-		return nil, fmt.Errorf("%w: %w", ErrNotAttached, err)
+		return nil, unusable(o.Dir, not)
 	}
 	t.fresh = not.Error()
 	if err := t.replace(); err != nil {
@@ -213,7 +214,7 @@ func (t *Tracker) Outdated() string { return t.outdated }
 func (t *Tracker) Since() time.Time { return t.since }
 
 // BootID is the boot of this host, in hex.
-func (t *Tracker) BootID() (string, error) {
+func BootID() (string, error) {
 	id, err := bootID()
 	return hex.EncodeToString(id[:]), err
 }
@@ -314,6 +315,27 @@ type notAdoptable string
 
 func (n notAdoptable) Error() string { return string(n) }
 
+// unusable tells a directory without anything in it from one that holds what can't be adopted.
+func unusable(dir string, why notAdoptable) error {
+	if entries, err := os.ReadDir(dir); err == nil && len(entries) == 0 {
+		return fmt.Errorf("%w: %w", ErrNotAttached, why)
+	}
+	return unusableError{dir, why}
+}
+
+type unusableError struct {
+	dir string
+	why notAdoptable
+}
+
+func (u unusableError) Error() string { return fmt.Sprintf("%v (%s): %v", ErrUnusable, u.dir, u.why) }
+
+func (u unusableError) Is(target error) bool {
+	return target == ErrUnusable || target == ErrNotAttached
+}
+
+func (u unusableError) Unwrap() error { return u.why }
+
 // objectHash tells one version of the programs from another, and one number of copies.
 func objectHash(o Options, copies int) uint64 {
 	var seams [12]byte
@@ -342,7 +364,7 @@ func (t *Tracker) load() error {
 	}
 	switch {
 	case len(m.words) < metaWords || m.words[metaMagic] != headerMagic:
-		return notAdoptable("the pinned tracker has another map layout")
+		return otherLayout(m.words)
 	case m.words[metaBoot] != binary.BigEndian.Uint64(boot[:8]) || m.words[metaBoot+1] != binary.BigEndian.Uint64(boot[8:]):
 		return notAdoptable("the pinned tracker is of another boot")
 	}
@@ -377,6 +399,15 @@ func (t *Tracker) load() error {
 		return err
 	}
 	return t.mapShared()
+}
+
+// otherLayout says which one, if the meta map does.
+func otherLayout(meta []uint64) error {
+	const number = 1<<16 - 1
+	if len(meta) > metaMagic && meta[metaMagic]&^number == headerMagic&^number {
+		return notAdoptable(fmt.Sprintf("the pinned tracker has another map layout: version %d, this binary's is %d", meta[metaMagic]&number, layoutVersion))
+	}
+	return notAdoptable("the pinned tracker has another map layout")
 }
 
 // loadLink finds the pinned link of program i to be the one with the ID that was written down.

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -17,7 +19,7 @@ func CanUpgrade() bool { return wholeCalls() }
 // more than t's, in a new generation, so that at every
 // moment one of the two marks in an epoch that counts:
 //
-//  1. build: the new programs are attached, with maps of their own and no device.
+//  1. build: the new programs are attached, with maps of their own and no device; those for image files too.
 //  2. show: they see the devices, and mark in an epoch that is thrown away. From here on the
 //     new in-flight table knows the bios that are submitted.
 //  3. begin: each device gets the epoch after its current one in the new tracker. It is
@@ -25,6 +27,9 @@ func CanUpgrade() bool { return wholeCalls() }
 //  4. publish: the new generation's meta is pinned. It is the tracker from here on.
 //  5. retire: the old current epochs are closed with the old programs' counters, and then
 //     the old programs are detached.
+//
+// Of an image file, this can't be had without a gap (hookchange.go): the epoch in which the old programs
+// end and the one in which the new ones begin are lost, but registration and change IDs go on.
 //
 // A process that dies before 4 leaves a generation that is cleared away, and epochs that were never
 // installed in the tracker; after it, the next to come does what is left of 5. It returns t if the
@@ -46,10 +51,14 @@ func (t *Tracker) upgrade(n int, why string) (*Tracker, error) {
 	next := newTracker(t.options, t.gen+1)
 	next.copies, next.grown = n, why
 	next.step("build")
-	err = next.build()
+	t.beginHookChange()
+	if err = next.build(); err == nil {
+		err = next.attachAsIn(t)
+	}
 	var begun []*Epoch
 	var lost []string
 	if err == nil {
+		next.beginHookChange() // until t's are detached
 		begun, lost, err = next.takeOver(t)
 	}
 	if err == nil {
@@ -65,14 +74,21 @@ func (t *Tracker) upgrade(n int, why string) (*Tracker, error) {
 		for _, e := range begun {
 			_ = os.Remove(e.pin)
 		}
-		_ = next.unpin() // or it is done by the next to come
 		next.closeAll()
+		if next.unpin() == nil { // or it is done by the next to come
+			t.endHookChange()
+		}
 		t.outdated = fmt.Sprintf("the upgrade of the tracker's programs failed: %v", err)
 		return t, nil
 	}
 	defer t.closeAll()
 	next.step("retire")
-	if err := t.retire(); err != nil {
+	err = t.retire()
+	if err == nil {
+		next.endHookChange()
+		err = next.sweep()
+	}
+	if err != nil {
 		next.closeAll()
 		return nil, fmt.Errorf("end the tracker of another version: %w", err)
 	}
@@ -90,8 +106,31 @@ func (t *Tracker) step(name string) {
 	}
 }
 
-// takeOver makes the devices of old t's too, each with the epoch after old's current one.
-// It says which devices can't be taken over.
+// sweep forgets the epochs that belong to no device or file of t: of one that could not be taken
+// over, or whose registration was interrupted. The caller holds the lock of the tracker's directory.
+func (t *Tracker) sweep() error {
+	used, err := t.usedSlots()
+	if err != nil {
+		return err
+	}
+	dirs, err := filepath.Glob(filepath.Join(t.dir, "dev-*"))
+	if err != nil {
+		return err
+	}
+	for _, d := range dirs {
+		n, err := strconv.ParseUint(strings.TrimPrefix(filepath.Base(d), "dev-"), 10, 32)
+		if err == nil && n < maxDevices && used[n] {
+			continue
+		}
+		if err := os.RemoveAll(d); err != nil {
+			return fmt.Errorf("forget the epochs of what is not tracked any more: %w", err)
+		}
+	}
+	return nil
+}
+
+// takeOver makes the devices and image files of old t's too, each with the epoch after old's current one.
+// It says which can't be taken over.
 func (t *Tracker) takeOver(old *Tracker) (begun []*Epoch, lost []string, err error) {
 	copy(t.hostMap.words[hostNVMeOps:hostWords], old.hostMap.words[hostNVMeOps:hostWords])
 	var regs []*Registration
@@ -112,6 +151,11 @@ func (t *Tracker) takeOver(old *Tracker) (begun []*Epoch, lost []string, err err
 		regs, places = append(regs, r), append(places, p)
 		return true
 	})
+	files, notTaken, err := t.filesOf(old)
+	regs, lost = append(regs, files...), append(lost, notTaken...)
+	if err != nil {
+		return nil, nil, err
+	}
 	t.step("show")
 	// Marks go nowhere: only the old tracker's count yet.
 	blind, err := newEpoch(1)
@@ -119,23 +163,28 @@ func (t *Tracker) takeOver(old *Tracker) (begun []*Epoch, lost []string, err err
 		return nil, nil, err
 	}
 	defer blind.close()
-	for i, p := range places {
-		if err := t.continueCounts(old, p.slot); err != nil {
+	for i, r := range regs {
+		if err := t.continueCounts(old, r.slot); err != nil {
 			return nil, nil, err
 		}
-		if err := t.maps.Epochs.Put(p.slot, blind.m); err != nil {
-			return nil, nil, fmt.Errorf("device %s: %w", regs[i].what.Number(), err)
+		if err := t.maps.Epochs.Put(r.slot, blind.m); err != nil {
+			return nil, nil, fmt.Errorf("%s: %w", r.name(), err)
 		}
-		if err := t.devices.insert(p); err != nil {
+		if i < len(places) {
+			err = t.devices.insert(places[i])
+		} else {
+			err = r.what.insert(t, r.slot, 0)
+		}
+		if err != nil {
 			return nil, nil, err
 		}
 	}
 	// Each Put ends after a grace period: then every program sees what was put before.
 	grace := func() error {
-		if len(places) == 0 {
+		if len(regs) == 0 {
 			return nil
 		}
-		return t.maps.Epochs.Put(places[0].slot, blind.m)
+		return t.maps.Epochs.Put(regs[0].slot, blind.m)
 	}
 	if err := grace(); err != nil {
 		return nil, nil, err
@@ -147,7 +196,10 @@ func (t *Tracker) takeOver(old *Tracker) (begun []*Epoch, lost []string, err err
 	}
 	t.step("begin")
 	for i, r := range regs {
-		n := &Registration{t: t, what: r.what, programs: blockPrograms{t}, slot: r.slot, id: r.id}
+		n := &Registration{t: t, what: r.what, slot: r.slot, id: r.id}
+		if n.programs, err = r.what.programs(t, false); err != nil {
+			return begun, lost, err
+		}
 		e, err := n.begin(r.current.next())
 		if err != nil {
 			return begun, lost, err
@@ -157,10 +209,18 @@ func (t *Tracker) takeOver(old *Tracker) (begun []*Epoch, lost []string, err err
 			t.step("install")
 		}
 		if err := t.maps.Epochs.Put(r.slot, e.m); err != nil {
-			return begun, lost, fmt.Errorf("device %s: %w", r.what.Number(), err)
+			return begun, lost, fmt.Errorf("%s: %w", r.name(), err)
 		}
 	}
 	return begun, lost, nil
+}
+
+// name is what a device or file of which the path is not known is called.
+func (r *Registration) name() string {
+	if i, ok := r.what.(inode); ok {
+		return i.Label()
+	}
+	return "device " + r.what.Number()
 }
 
 // drainLimit is how long an upgrade waits for bios that are in flight.
@@ -213,7 +273,7 @@ func (t *Tracker) continueCounts(old *Tracker, slot uint32) error {
 func (t *Tracker) retire() error {
 	var err error
 	t.devices.all(func(at uint32, p place) bool {
-		if err = t.closeEpochs(p); err == nil {
+		if err = t.closeEpochs(p.device(), p.slot, blockPrograms{t}); err == nil {
 			// While some of its programs are detached and others not, it would see bios complete that
 			// it did not see submitted.
 			t.devices.remove(at)
@@ -223,18 +283,32 @@ func (t *Tracker) retire() error {
 	if err != nil {
 		return err
 	}
+	files, err := t.inodes()
+	if err != nil {
+		return err
+	}
+	t.beginHookChange() // unless upgrade, which did not live to come here, has done it
+	for _, f := range files {
+		set, err := f.programs(t, false)
+		if err != nil {
+			continue // closed as lost when it is acquired
+		}
+		if err := t.closeEpochs(f, f.image.Slot, set); err != nil {
+			return err
+		}
+	}
 	t.step("detach")
 	return t.unpin()
 }
 
-func (t *Tracker) closeEpochs(p place) error {
-	all, err := t.pinnedEpochs(p.slot)
+func (t *Tracker) closeEpochs(what Target, slot uint32, set programSet) error {
+	all, err := t.pinnedEpochs(slot)
 	if err != nil {
 		return nil //nolint:nilerr // damaged: said by Acquire
 	}
-	r := &Registration{t: t, what: p.device(), programs: blockPrograms{t}, slot: p.slot}
+	r := &Registration{t: t, what: what, programs: set, slot: slot}
 	for _, e := range all {
-		if err == nil && e.hdr(hdrInstance) == t.instance && e.hdr(hdrClosed) == 0 {
+		if err == nil && e.hdr(hdrInstance) == set.instanceID() && e.hdr(hdrClosed) == 0 {
 			err = r.finish(e)
 		}
 		e.close()

@@ -30,11 +30,11 @@ type State struct {
 	Wtmp string
 }
 
-func (v State) boot(t *bpf.Tracker) (string, error) {
+func (v State) boot() (string, error) {
 	if v.Boot != nil {
 		return v.Boot()
 	}
-	return t.BootID()
+	return bpf.BootID()
 }
 
 // file is where the state of the device with that identity lies.
@@ -83,12 +83,12 @@ func (v State) Save(tracker *bpf.Tracker, path string) (err error) {
 	if err := unused(claim); err != nil {
 		return err
 	}
-	if err := v.lockOut(tracker, id, claim); err != nil {
+	if err := v.lockOut(id, claim); err != nil {
 		return err
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, v.remove(id), v.letIn(tracker, id, dev))
+			err = errors.Join(err, v.remove(id), v.letIn(id, dev))
 		}
 	}()
 	// Whoever opened it in between.
@@ -98,7 +98,7 @@ func (v State) Save(tracker *bpf.Tracker, path string) (err error) {
 	if err := claim.Sync(); err != nil {
 		return err
 	}
-	state, err := v.closeForGood(tracker, reg)
+	state, err := v.closeForGood(reg)
 	if err != nil {
 		return err
 	}
@@ -125,11 +125,11 @@ func (v State) Save(tracker *bpf.Tracker, path string) (err error) {
 
 // lockOut makes the device read-only, unless it is. What remembers that comes first, in case
 // this process is killed.
-func (v State) lockOut(tracker *bpf.Tracker, id bpf.Identity, claim *bpf.Claim) error {
+func (v State) lockOut(id bpf.Identity, claim *bpf.Claim) error {
 	if ro, err := claim.ReadOnly(); ro || err != nil {
 		return err
 	}
-	boot, err := v.boot(tracker)
+	boot, err := v.boot()
 	if err != nil {
 		return err
 	}
@@ -143,7 +143,7 @@ func (v State) lockOut(tracker *bpf.Tracker, id bpf.Identity, claim *bpf.Claim) 
 }
 
 // letIn makes the device writable, if lockOut made it read-only in this boot.
-func (v State) letIn(tracker *bpf.Tracker, id bpf.Identity, dev bpf.Device) error {
+func (v State) letIn(id bpf.Identity, dev bpf.Device) error {
 	file := v.file(id) + ".readonly"
 	b, err := os.ReadFile(file)
 	if errors.Is(err, os.ErrNotExist) {
@@ -152,7 +152,7 @@ func (v State) letIn(tracker *bpf.Tracker, id bpf.Identity, dev bpf.Device) erro
 	if err != nil {
 		return err
 	}
-	boot, err := v.boot(tracker)
+	boot, err := v.boot()
 	if err != nil {
 		return err
 	}
@@ -173,7 +173,7 @@ func unused(claim *bpf.Claim) error {
 }
 
 // closeForGood closes the current epoch and takes all that is retained.
-func (v State) closeForGood(tracker *bpf.Tracker, reg *bpf.Registration) (*savedState, error) {
+func (v State) closeForGood(reg *bpf.Registration) (*savedState, error) {
 	if _, err := reg.Swap(); err != nil {
 		return nil, err
 	}
@@ -186,7 +186,7 @@ func (v State) closeForGood(tracker *bpf.Tracker, reg *bpf.Registration) (*saved
 	if err != nil {
 		return nil, err
 	}
-	boot, err := v.boot(tracker)
+	boot, err := v.boot()
 	return &savedState{stateHeader{
 		SavedAt: time.Now(), Boot: boot, Registration: x.ID, First: x.First, Last: x.Last, Shift: x.Shift, Size: x.Size, Table: x.Table,
 		Opened: x.Opened, Closed: x.Closed, Missed: x.Missed, Sectors: x.Sectors, Landed: x.Landed, Kernel: x.Kernel, KernelCounts: x.KernelCounts,
@@ -257,7 +257,7 @@ func syncDir(dir string) error {
 
 // Forget removes the saved state of a device, and makes it writable again if saving has made
 // it read-only in this boot.
-func (v State) Forget(tracker *bpf.Tracker, path string) error {
+func (v State) Forget(path string) error {
 	dev, err := bpf.Lookup(path)
 	if errors.Is(err, bpf.ErrNotBlock) {
 		return nil // image files are never saved
@@ -265,8 +265,52 @@ func (v State) Forget(tracker *bpf.Tracker, path string) error {
 	if err != nil {
 		return err
 	}
-	_, _, err = v.take(tracker, dev)
+	_, _, err = v.take(dev)
 	return err
+}
+
+// ForgetAll is Forget for all devices. States of those that are not there are removed too.
+func (v State) ForgetAll() error {
+	if v.Dir == "" {
+		return nil
+	}
+	if _, err := os.Stat(v.Dir); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	all, err := bpf.Disks()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, d := range all {
+		if id, err := d.Identity(); err == nil && v.knows(id) {
+			_, _, err := v.take(d)
+			errs = append(errs, err)
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err // what is left tells that a device is read-only
+	}
+	for _, pattern := range []string{"*.state", "*.state.new", "*.state.readonly"} {
+		files, err := filepath.Glob(filepath.Join(v.Dir, pattern))
+		if err != nil {
+			return err
+		}
+		for _, f := range files {
+			errs = append(errs, os.Remove(f))
+		}
+	}
+	return errors.Join(append(errs, syncDir(v.Dir))...)
+}
+
+// knows tells whether there is a saved state of a device, or a note that it was made read-only.
+func (v State) knows(id bpf.Identity) bool {
+	for _, f := range []string{v.file(id), v.file(id) + ".readonly"} {
+		if _, err := os.Lstat(f); err == nil {
+			return true
+		}
+	}
+	return false
 }
 
 // ErrSuspended is wrapped where the tracking of a device has been saved for the next boot.
@@ -300,7 +344,7 @@ func (v State) empty() (bool, error) {
 
 // take removes the saved state of the device, and returns it if it is of an earlier boot and
 // can be read; else it may say why not.
-func (v State) take(tracker *bpf.Tracker, dev bpf.Device) (*savedState, string, error) {
+func (v State) take(dev bpf.Device) (*savedState, string, error) {
 	if none, err := v.empty(); none || err != nil {
 		return nil, "", err
 	}
@@ -313,7 +357,7 @@ func (v State) take(tracker *bpf.Tracker, dev bpf.Device) (*savedState, string, 
 	}
 	b, err := os.ReadFile(v.file(id))
 	if errors.Is(err, os.ErrNotExist) {
-		return nil, "", v.letIn(tracker, id, dev)
+		return nil, "", v.letIn(id, dev)
 	}
 	if err != nil {
 		return nil, "", fmt.Errorf("a saved state that must be removed: %w", err)
@@ -322,14 +366,14 @@ func (v State) take(tracker *bpf.Tracker, dev bpf.Device) (*savedState, string, 
 	if err := v.remove(id); err != nil {
 		return nil, "", err
 	}
-	if err := v.letIn(tracker, id, dev); err != nil {
+	if err := v.letIn(id, dev); err != nil {
 		return nil, "", err
 	}
 	state, err := decodeState(b)
 	if err != nil {
 		return nil, err.Error(), nil //nolint:nilerr // said in the next delta: all is unknown
 	}
-	boot, err := v.boot(tracker)
+	boot, err := v.boot()
 	if err != nil {
 		return nil, "", err
 	}

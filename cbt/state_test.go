@@ -196,13 +196,45 @@ func TestStateIsDroppedWhenTheDeviceIsUsedAgain(t *testing.T) {
 	_ = s.Close()
 
 	h.save(t, dev)
-	if err := h.Forget(h.tracker(t), dev); err != nil {
+	if err := h.Forget(dev); err != nil {
 		t.Fatal(err)
 	}
 	if left := h.states(t); len(left) > 0 {
 		t.Errorf("the state is still there: %v", left)
 	}
 	write(t, dev, 3<<20)
+}
+
+// All tracking is ended after it was saved: no state stays, not even of a device that is not there any more,
+// and none is read-only. What is not Tidemark's stays.
+func TestForgetAllStates(t *testing.T) {
+	dev, gone, h := loopDevice(t, small, ""), loopDevice(t, small, ""), newHost(t)
+	if err := h.ForgetAll(); err != nil {
+		t.Errorf("nothing was ever saved: %v", err)
+	}
+	for _, d := range []string{dev, gone} {
+		h.begin(t, d)
+		h.save(t, d)
+	}
+	if len(h.states(t)) != 4 {
+		t.Fatalf("saved are %v", h.states(t))
+	}
+	runTool(t, "blockdev", "--setrw", gone)
+	runTool(t, "losetup", "-d", gone)
+	other := filepath.Join(h.Dir, "notes")
+	if err := os.WriteFile(other, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := bpf.Remove(h.pins); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.ForgetAll(); err != nil {
+		t.Fatal(err)
+	}
+	if left := h.states(t); len(left) != 1 || left[0] != other {
+		t.Errorf("what is left: %v", left)
+	}
+	write(t, dev, 3<<20) // or fails, if it is read-only
 }
 
 // What the times of the loop device's file can't miss.

@@ -73,7 +73,7 @@ func (v State) acquire(s *Tracked, what bpf.Target, shift uint) error {
 	var unread string
 	var err error
 	if device {
-		if state, unread, err = v.take(s.tracker, dev); err != nil {
+		if state, unread, err = v.take(dev); err != nil {
 			return err
 		}
 	}
@@ -155,7 +155,11 @@ func (s *Tracked) Changes(ctx context.Context, since ChangeID) (Delta, error) {
 		}
 	}
 	for _, e := range epochs {
-		d.Unknown = append(d.Unknown, judge(e)...)
+		for _, why := range judge(e) {
+			if !slices.Contains(d.Unknown, why) {
+				d.Unknown = append(d.Unknown, why)
+			}
+		}
 		d.Evidence.add(e)
 		d.Evidence.Earlier = d.Evidence.Earlier || !s.reg.Seen(e)
 	}
@@ -169,7 +173,7 @@ func (s *Tracked) Changes(ctx context.Context, since ChangeID) (Delta, error) {
 
 // evidence is what the judgement rests on, without what each epoch adds to it.
 func (s *Tracked) evidence() (Evidence, error) {
-	boot, err := s.tracker.BootID()
+	boot, err := bpf.BootID()
 	e := Evidence{
 		Method: "ebpf", Device: s.reg.Target().Number(), Granule: s.Granule(), Size: s.reg.Size(),
 		BootID: boot, Attached: s.reg.Attached(), LinkIDs: s.reg.LinkIDs(), Programs: s.reg.ProgramNames(),

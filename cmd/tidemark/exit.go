@@ -67,6 +67,7 @@ func message(err error) string {
 		{bpf.ErrPermission, "run it as root, or with sudo"},
 		{bpf.ErrNoBTF, "run `tidemark doctor` to see what this kernel can do"},
 		{bpf.ErrOldKernel, "run `tidemark doctor` to see what this kernel can do"},
+		{bpf.ErrUnusable, "what it tracks can be used and saved by the version that attached it alone. The next `tidemark track` or `tidemark backup` of this one attaches its own in its place, and compares each disk once; `tidemark untrack --all` removes it"},
 		{bpf.ErrNotAttached, "`tidemark track DEVICE` attaches it"},
 		{bpf.ErrBusy, "wait for the backup that is running, or see `tidemark status`"},
 		{store.ErrLocked, "wait for the backup of this VM that is running"},

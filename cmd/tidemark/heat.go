@@ -24,18 +24,22 @@ type deviceHeat struct {
 	Rewrites uint64   `json:"rewritten_bytes"`
 	Region   int64    `json:"region_bytes"`
 	Heat     []uint64 `json:"region_written_bytes"`
+	Unknown  []string `json:"unknown,omitempty"` // why the next backup compares, such as an audit's alarm
 }
 
 func newHeat(g *globals) *cobra.Command {
 	return &cobra.Command{
-		Use:   "heat NAME|DEV...",
+		Use:   "heat NAME|DEV|FILE...",
 		Short: "Draw where a VM writes",
-		Long: `Draw where the disks of a VM, or tracked devices, were written since tracking began: the disk
-from its beginning to its end, darker where more was written. The picture is cheap and a
+		Long: `Draw where the disks of a VM, or tracked devices and image files, were written since tracking began:
+the disk from its beginning to its end, darker where more was written. The picture is cheap and a
 little less than the truth; it says nothing of what changed (see status and points for that).
+Where it is unknown what changed, as after an audit's alarm, that stands below the picture.
 
-A name that is no device is looked up in the repository: the disks of its last point.`,
+What has a slash in it is a path. Another name is looked up in the repository (the disks of its last
+point), or is a file here if no repository is given.`,
 		Example: `  tidemark heat /dev/vg0/web1
+  tidemark heat ./web1.raw
   tidemark heat web1 -r /srv/backup
   tidemark heat /dev/loop0 --json | jq '.[0].region_written_bytes'`,
 		Args: args(1, -1),
@@ -49,15 +53,12 @@ A name that is no device is looked up in the repository: the disks of its last p
 				return err
 			}
 			defer func() { err = errors.Join(err, tr.Close()) }()
-			all, err := tr.Status()
-			if err != nil {
-				return err
-			}
+			all, unread := tr.Status()
 			rows := make([]deviceHeat, 0, len(devs))
 			for _, path := range devs {
 				row, err := heatOf(all, path)
 				if err != nil {
-					return err
+					return errors.Join(err, unread)
 				}
 				rows = append(rows, row)
 			}
@@ -74,10 +75,10 @@ A name that is no device is looked up in the repository: the disks of its last p
 	}
 }
 
-// devices turns names of VMs into the devices of their last points.
+// devices turns names of VMs into the disks of their last points.
 func (g *globals) devices(c *cobra.Command, names []string) (devs []string, err error) {
 	for _, name := range names {
-		if strings.HasPrefix(name, "/") {
+		if strings.Contains(name, "/") || g.repo == "" && isFile(name) {
 			devs = append(devs, name)
 			continue
 		}
@@ -106,6 +107,7 @@ func heatOf(all []bpf.Status, path string) (deviceHeat, error) {
 			return deviceHeat{
 				Device: path, Size: s.Size, Since: clock(s.Since), Writes: s.Counts.Submits, Written: s.Counts.SubmitSectors * 512,
 				Discards: s.Counts.DiscardSectors * 512, Rewrites: s.Counts.RewriteSectors * 512, Region: s.Heat.Region, Heat: s.Heat.Bytes,
+				Unknown: append(s.Taint.Reasons(), s.Loss.Reasons()...),
 			}, nil
 		}
 	}
@@ -151,6 +153,9 @@ func (h deviceHeat) draw(w io.Writer, width int) error {
 		b.WriteString("|\n")
 	}
 	fmt.Fprintf(&b, "%10s  a cell is %s; '%c' is %s written, each shade before it a quarter\n", "", size(cell), shades[len(shades)-1], size(int64(most)))
+	for _, why := range h.Unknown {
+		fmt.Fprintf(&b, "%10s  what changed is unknown: %s\n", "", why)
+	}
 	_, err := io.WriteString(w, b.String())
 	return err
 }

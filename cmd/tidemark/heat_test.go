@@ -4,6 +4,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/tidemark/tidemark/bpf"
 )
 
 func TestSqueeze(t *testing.T) {
@@ -40,6 +42,18 @@ func TestDrawHeat(t *testing.T) {
 	}
 	lines := strings.Split(strings.TrimRight(b.String(), "\n"), "\n")
 	if len(lines) != heatRows+2 || !strings.Contains(lines[1], "|@ ") || !strings.HasSuffix(lines[heatRows], ".|") {
+		t.Errorf("drawn:\n%s", b.String())
+	}
+}
+
+// An audit's alarm stands below the picture.
+func TestDrawHeatOfAnUnknownDisk(t *testing.T) {
+	h := deviceHeat{Device: "./x.raw", Size: 4 << 20, Region: 4096, Heat: make([]uint64, 1024), Unknown: bpf.TaintAudit.Reasons()}
+	var b strings.Builder
+	if err := h.draw(&b, 80); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(b.String(), "unknown: an audit found a change that was not recorded") {
 		t.Errorf("drawn:\n%s", b.String())
 	}
 }

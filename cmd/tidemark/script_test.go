@@ -10,6 +10,7 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/cilium/ebpf"
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/tidemark/tidemark/bpf"
@@ -22,7 +23,7 @@ func TestMain(m *testing.M) {
 // Each file in testdata/script shows one behaviour of the command line. Conditions:
 // [root] BPF programs and loop devices can be used, [fuse] FUSE too, [filehooks] this kernel
 // can track image files. "hold FILE" opens a file for writing until "release FILE".
-// "loop VAR SIZE" attaches a loop device and puts its path in $VAR.
+// "relayout VERSION" makes the pinned tracker one of another map layout. "loop VAR SIZE" attaches a loop device and puts its path in $VAR.
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir:                "testdata/script",
@@ -43,7 +44,7 @@ func TestScripts(t *testing.T) {
 			e.Setenv("PINS", fmt.Sprintf("/sys/fs/bpf/tidemark-script-%d-%s", os.Getpid(), filepath.Base(e.WorkDir)))
 			return nil
 		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"loop": loop, "write": write, "forge": forge, "hold": hold, "release": release},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"loop": loop, "write": write, "forge": forge, "hold": hold, "release": release, "relayout": relayout},
 	})
 }
 
@@ -67,7 +68,7 @@ func loop(ts *testscript.TestScript, neg bool, args []string) {
 		_ = exec.Command("losetup", "-d", dev).Run()
 		self, err := os.Executable()
 		if err == nil {
-			c := exec.Command(filepath.Join(filepath.Dir(self), "tidemark"), "untrack", "--all", "--pin-dir", pins)
+			c := exec.Command(filepath.Join(filepath.Dir(self), "tidemark"), "untrack", "--all", "--pin-dir", pins, "--state-dir", ts.MkAbs("state"))
 			_ = c.Run()
 		}
 		_ = os.RemoveAll(pins)
@@ -100,6 +101,21 @@ func forge(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	// Else readers of the device may be given what lies in its page cache.
 	ts.Check(exec.Command("blockdev", "--flushbufs", args[0]).Run())
+}
+
+// relayout VERSION makes the tracker one of another layout.
+func relayout(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: relayout VERSION")
+	}
+	version, err := strconv.ParseUint(args[0], 10, 16)
+	ts.Check(err)
+	meta, err := ebpf.LoadPinnedMap(filepath.Join(ts.Getenv("PINS"), "gen-1", "meta"), nil)
+	ts.Check(err)
+	defer func() { _ = meta.Close() }()
+	var magic uint64
+	ts.Check(meta.Lookup(uint32(0), &magic))
+	ts.Check(meta.Put(uint32(0), magic&^0xffff|version))
 }
 
 // held are the files that scripts have open for writing.

@@ -36,8 +36,8 @@ devices by the times of their file, and has to be taken for granted for others
 		Args: args(0, -1),
 		RunE: func(c *cobra.Command, devs []string) (err error) {
 			tr, err := bpf.Open(bpf.Options{Dir: g.pins, AdoptOnly: true})
-			if errors.Is(err, bpf.ErrNotAttached) && len(devs) == 0 {
-				return nil
+			if errors.Is(err, bpf.ErrNotAttached) && !errors.Is(err, bpf.ErrUnusable) && len(devs) == 0 {
+				return nil // nothing is tracked
 			}
 			if err != nil {
 				return err

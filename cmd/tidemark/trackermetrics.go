@@ -1,6 +1,9 @@
 package main
 
 import (
+	"errors"
+	"strconv"
+
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/tidemark/tidemark/bpf"
@@ -16,6 +19,8 @@ func describe(name, help string, labels ...string) *prometheus.Desc {
 var (
 	attachedDesc = describe("attached", "1 if the tracking programs are attached on this host.")
 	missedDesc   = describe("missed_events_total", "Events that the kernel did not give to one copy of a program. Only what all copies of a program miss is lost.", "program", "copy")
+	fileDesc     = describe("file_missed_events_total", "The same of the programs for image files.", "filesystem", "program", "copy")
+	errorDesc    = describe("unreadable", "1 if a part of what the tracker knows could not be read: its other metrics are missing.")
 	lostDesc     = describe("lost_events_total", "Events that could not be attributed to a device.", "what")
 	writesDesc   = describe("writes_total", "Writes submitted to the device.", "device")
 	bytesDesc    = describe("written_bytes_total", "Bytes submitted for writing.", "device")
@@ -29,7 +34,7 @@ var (
 
 func (m trackerMetrics) Describe(out chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		attachedDesc, missedDesc, lostDesc, writesDesc, bytesDesc, discardsDesc, rewritesDesc, passDesc, dirtyDesc, memoryDesc, unknownDesc,
+		attachedDesc, missedDesc, fileDesc, errorDesc, lostDesc, writesDesc, bytesDesc, discardsDesc, rewritesDesc, passDesc, dirtyDesc, memoryDesc, unknownDesc,
 	} {
 		out <- d
 	}
@@ -39,31 +44,48 @@ func (m trackerMetrics) Collect(out chan<- prometheus.Metric) {
 	send := func(d *prometheus.Desc, kind prometheus.ValueType, v float64, labels ...string) {
 		out <- prometheus.MustNewConstMetric(d, kind, v, labels...)
 	}
+	// An invalid metric would take all others with it.
+	unreadable := false
+	defer func() {
+		n := 0.0
+		if unreadable {
+			n = 1
+		}
+		send(errorDesc, prometheus.GaugeValue, n)
+	}()
 	tr, err := bpf.Open(bpf.Options{Dir: m.pins, AdoptOnly: true})
 	if err != nil {
+		unreadable = !errors.Is(err, bpf.ErrNotAttached) || errors.Is(err, bpf.ErrUnusable)
 		send(attachedDesc, prometheus.GaugeValue, 0)
 		return
 	}
 	defer func() { _ = tr.Close() }()
 	send(attachedDesc, prometheus.GaugeValue, 1)
-	if missed, err := tr.Misses(); err == nil {
+	missed, err := tr.Misses()
+	unreadable = err != nil
+	if err == nil {
 		names := bpf.ProgramNames()
 		per := len(missed) / len(names)
 		for i, n := range missed {
 			if i%per >= tr.Copies() {
 				continue // not attached
 			}
-			send(missedDesc, prometheus.CounterValue, float64(n), names[i/per], string(rune('0'+i%per)))
+			send(missedDesc, prometheus.CounterValue, float64(n), names[i/per], strconv.Itoa(i%per))
+		}
+	}
+	files, err := tr.FileMisses()
+	unreadable = unreadable || err != nil
+	for _, f := range files {
+		per := len(f.Missed) / len(f.Programs)
+		for i, n := range f.Missed {
+			send(fileDesc, prometheus.CounterValue, float64(n), f.FS, f.Programs[i/per], strconv.Itoa(i%per))
 		}
 	}
 	for what, n := range tr.Lost() {
 		send(lostDesc, prometheus.CounterValue, float64(n), what)
 	}
 	all, err := tr.Status()
-	if err != nil {
-		out <- prometheus.NewInvalidMetric(unknownDesc, err)
-		return
-	}
+	unreadable = unreadable || err != nil
 	for _, s := range all {
 		r := trackedRow(s)
 		send(writesDesc, prometheus.CounterValue, float64(r.Writes), r.Number)

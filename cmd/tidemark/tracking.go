@@ -187,6 +187,8 @@ func newUntrack(g *globals) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "untrack DEV|FILE... | --all",
 		Short: "Stop tracking; the next backup compares the whole disk",
+		Long: `Stop tracking: the next backup compares the whole disk. What suspend has saved is forgotten too,
+and devices that it has made read-only can be written to again.`,
 		Example: `  tidemark untrack /dev/loop0
   tidemark untrack --all      # detaches the programs too`,
 		Args: args(0, -1),
@@ -194,8 +196,13 @@ func newUntrack(g *globals) *cobra.Command {
 			if all != (len(devs) == 0) {
 				return usageError{errors.New("untrack: give devices, or --all")}
 			}
+			state := cbt.State{Dir: g.state}
 			if all {
-				return bpf.Remove(g.pins)
+				if err := bpf.Remove(g.pins); err != nil {
+					return err
+				}
+				// After it: until here, what is saved goes on with what is tracked.
+				return state.ForgetAll()
 			}
 			tr, err := bpf.Open(bpf.Options{Dir: g.pins, AdoptOnly: true})
 			if err != nil {
@@ -207,7 +214,7 @@ func newUntrack(g *globals) *cobra.Command {
 				if err != nil {
 					return err
 				}
-				if err := (cbt.State{Dir: g.state}).Forget(tr, path); err != nil {
+				if err := state.Forget(path); err != nil {
 					return err
 				}
 				if err := tr.Forget(dev); err != nil {
@@ -242,39 +249,52 @@ type trackedDevice struct {
 	Unknown  []string `json:"unknown,omitempty"`
 }
 
+// trackerStatus is what status tells.
+type trackerStatus struct {
+	Tracked []trackedDevice `json:"tracked"`
+	Notes   []string        `json:"notes,omitempty"` // on the tracker itself
+}
+
+// statusOf looks at the tracker that is pinned. What could be read is returned in any case.
+func statusOf(pins string) (st trackerStatus, err error) {
+	st.Tracked = []trackedDevice{}
+	tr, err := bpf.Open(bpf.Options{Dir: pins, AdoptOnly: true})
+	switch {
+	case errors.Is(err, bpf.ErrUnusable):
+		st.Notes = []string{message(err)}
+		return st, nil
+	case errors.Is(err, bpf.ErrNotAttached):
+		return st, nil
+	case err != nil:
+		return st, err
+	}
+	defer func() { err = errors.Join(err, tr.Close()) }()
+	for _, note := range []string{tr.Grown(), tr.Outdated()} {
+		if note != "" {
+			st.Notes = append(st.Notes, note)
+		}
+	}
+	all, err := tr.Status()
+	for _, s := range all {
+		st.Tracked = append(st.Tracked, trackedRow(s))
+	}
+	return st, err
+}
+
 func newStatus(g *globals) *cobra.Command {
 	return &cobra.Command{
 		Use:   "status",
 		Short: "List the tracked devices and image files",
-		Args:  args(0, 0),
-		RunE: func(c *cobra.Command, _ []string) (err error) {
-			rows := []trackedDevice{}
-			var notes []string
-			tr, err := bpf.Open(bpf.Options{Dir: g.pins, AdoptOnly: true})
-			if err == nil {
-				defer func() { err = errors.Join(err, tr.Close()) }()
-				for _, note := range []string{tr.Grown(), tr.Outdated()} {
-					if note != "" {
-						notes = append(notes, note)
-					}
-				}
-				all, err := tr.Status()
-				if err != nil {
-					return err
-				}
-				for _, s := range all {
-					rows = append(rows, trackedRow(s))
-				}
-			} else if !errors.Is(err, bpf.ErrNotAttached) {
-				return err
-			}
+		Long: `List the tracked devices and image files, and say what has to be known of the tracker itself.
+With --json: an object of "tracked" and "notes".`,
+		Example: "  tidemark status\n  tidemark status --json | jq '.tracked[].device'",
+		Args:    args(0, 0),
+		RunE: func(c *cobra.Command, _ []string) error {
+			st, problem := statusOf(g.pins)
 			if g.json {
-				return printJSON(c.OutOrStdout(), rows)
+				return errors.Join(printJSON(c.OutOrStdout(), st), problem)
 			}
-			if len(rows) == 0 {
-				_, err := fmt.Fprintln(c.OutOrStdout(), "nothing is tracked")
-				return err
-			}
+			rows := st.Tracked
 			t := newTable(c.OutOrStdout(), "DEVICE", "SIZE", "GRANULE", "EPOCH", "CHANGED", "WRITES", "WRITTEN", "MEMORY", "SINCE", "STATE")
 			for _, r := range rows {
 				state := "ok"
@@ -284,13 +304,19 @@ func newStatus(g *globals) *cobra.Command {
 				t.row(r.Device, size(r.Size), size(r.Granule), fmt.Sprint(r.Epoch), size(r.Dirty), fmt.Sprint(r.Writes),
 					size(int64(r.Bytes)), size(r.Memory), r.Since, state)
 			}
-			err = t.flush()
-			for _, note := range notes {
+			var err error
+			switch {
+			case len(rows) > 0:
+				err = t.flush()
+			case len(st.Notes) == 0 && problem == nil:
+				_, err = fmt.Fprintln(c.OutOrStdout(), "nothing is tracked")
+			}
+			for _, note := range st.Notes {
 				if err == nil {
 					_, err = fmt.Fprintln(c.OutOrStdout(), note)
 				}
 			}
-			return err
+			return errors.Join(err, problem)
 		},
 	}
 }

@@ -51,7 +51,7 @@ func newHost(t *testing.T, size int64) *host {
 }
 
 func (h *host) command(args ...string) *exec.Cmd {
-	return exec.Command(binary, append(args, "-r", h.repo, "--pin-dir", h.pins)...)
+	return exec.Command(binary, append(args, "-r", h.repo, "--pin-dir", h.pins, "--state-dir", h.repo+".state")...)
 }
 
 func (h *host) run(args ...string) []byte {
