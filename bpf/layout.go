@@ -65,9 +65,10 @@ const (
 	hostNVMeOps     = 4 // and 3 more
 )
 
-// Words of the call_counts map: these two for each of the programs, in their order.
+// Words of the call_counts map: two for each of the programs, in their order, then one.
 const (
-	callWords    = 8
+	callWords    = 16
+	callsBefore  = 8
 	callsUnnoted = 0
 	callsRescued = 1
 )

@@ -49,8 +49,9 @@
 #define HOST_WRITERS 2	   // writers that the table had no room for
 #define HOST_NVME_OPS 4	   // to 7: what userspace found to be the operations of NVMe admin queues
 
-// Words of the call_counts map: two for each tracepoint, in the order of CALL_*.
-#define CALL_WORDS 8
+// Words of the call_counts map: two for each tracepoint, in the order of CALL_*, then userspace's.
+#define CALL_WORDS 16
+#define CALLS_BEFORE 8 // to 10: what copy 0 had missed just before there was a second one
 #define CALLS_UNNOTED 0	 // calls that copy 0 saw and found no place for
 #define CALLS_RESCUED 1	 // calls that an earlier copy missed, and a later one saw
 #define CALL_QUEUE 0

@@ -1,6 +1,7 @@
 package bpf
 
 import (
+	"fmt"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -51,7 +52,7 @@ func (t *Tracker) vouched() (uint64, error) {
 		var all, bits uint64
 		for p, n := range rescued {
 			all |= 1 << p
-			if missed[p*copies]+atomic.LoadUint64(&t.calls.words[2*p+callsUnnoted]) == n {
+			if missed[p*copies]-t.calls.words[callsBefore+p]+atomic.LoadUint64(&t.calls.words[2*p+callsUnnoted]) == n {
 				bits |= 1 << p
 			}
 		}
@@ -59,6 +60,16 @@ func (t *Tracker) vouched() (uint64, error) {
 			return bits, nil
 		}
 	}
+}
+
+// countBefore writes down what copy 0 of program p has missed while it is the only one: no other was there to rescue
+// that, and no device either.
+func (t *Tracker) countBefore(p int) error {
+	s, err := t.progs[p*copies].Stats()
+	if err != nil {
+		return fmt.Errorf("statistics of %s: %w", programName(p*copies), err)
+	}
+	return t.maps.CallCounts.Put(uint32(callsBefore+p), s.RecursionMisses)
 }
 
 // leastMissed is, per program, how many events every copy may have missed: none where the programs vouch for

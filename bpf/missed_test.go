@@ -42,7 +42,7 @@ func TestRescuedCallsAreCounted(t *testing.T) {
 			tr = openTest(t, Options{Copies: copies, Preemptible: true, Misses: func(Misses) Misses {
 				m := extra
 				for p := range programs {
-					m[p*copies] += atomic.LoadUint64(&tr.calls.words[2*p+callsRescued]) - atomic.LoadUint64(&tr.calls.words[2*p+callsUnnoted])
+					m[p*copies] += tr.calls.words[callsBefore+p] + atomic.LoadUint64(&tr.calls.words[2*p+callsRescued]) - atomic.LoadUint64(&tr.calls.words[2*p+callsUnnoted])
 				}
 				return m
 			}})

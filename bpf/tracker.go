@@ -473,6 +473,11 @@ func (t *Tracker) build() error {
 	// In order of copies: the last copy of an event drops what the others need.
 	for c := range t.copies {
 		for p := range programs {
+			if c == 1 {
+				if err := t.countBefore(p); err != nil {
+					return err
+				}
+			}
 			if err := t.attachProgram(coll, p*copies+c); err != nil {
 				return err
 			}
