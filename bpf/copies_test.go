@@ -30,17 +30,20 @@ func TestStrayLanding(t *testing.T) {
 	for _, c := range []struct {
 		ever     Misses
 		attached int
+		vouched  uint64
 		want     bool
 	}{
-		{Misses{}, 1, false},
-		{Misses{1, 1, 1, 0, 0, 0, 0, 0, 0}, 1, false},
-		{Misses{0, 0, 0, 1, 1, 1, 1, 1, 1}, 1, false},
-		{Misses{1, 1, 1, 0, 0, 0, 1, 1, 1}, 1, true},
-		{Misses{1, 0, 0, 0, 0, 0, 1, 1, 1}, 3, false},
-		{Misses{1, 1, 1, 0, 0, 0, 1, 1, 0}, 3, false}, // the last one gives entries back
-		{Misses{1, 1, 1, 0, 0, 0, 0, 0, 1}, 3, true},
+		{Misses{}, 1, 0, false},
+		{Misses{1, 1, 1, 0, 0, 0, 0, 0, 0}, 1, 0, false},
+		{Misses{0, 0, 0, 1, 1, 1, 1, 1, 1}, 1, 0, false},
+		{Misses{1, 1, 1, 0, 0, 0, 1, 1, 1}, 1, 0, true},
+		{Misses{1, 0, 0, 0, 0, 0, 1, 1, 1}, 3, 0, false},
+		{Misses{1, 1, 1, 0, 0, 0, 1, 1, 0}, 3, 0, false}, // the last one gives entries back
+		{Misses{1, 1, 1, 0, 0, 0, 0, 0, 1}, 3, 0, true},
+		{Misses{1, 1, 1, 0, 0, 0, 0, 0, 1}, 3, 1, false}, // no submission was missed by all
+		{Misses{1, 1, 1, 0, 0, 0, 0, 0, 1}, 3, 6, true},
 	} {
-		if got := strayLanding(c.ever[:], c.attached); got != c.want {
+		if got := strayLanding(c.ever[:], c.attached, c.vouched); got != c.want {
 			t.Errorf("%+v: got %v", c, got)
 		}
 	}

@@ -156,6 +156,10 @@ func (e *Epoch) missed() []uint64 {
 	return e.mem.words[hdrMissed:][:n]
 }
 
+// LeastMissed is, per program, how many events every copy may have missed; as soon as it is not 0,
+// the epoch has LossMissed.
+func (e *Epoch) LeastMissed() []uint64 { return leastMissed(e.missed(), e.hdr(hdrVouched)) }
+
 // Bitmap is one bit per granule, least significant first. It belongs to the
 // epoch and must not be used after its release.
 func (e *Epoch) Bitmap() []uint64 { return e.mem.words[headerWords:] }
@@ -187,6 +191,7 @@ func (e *Epoch) merge(o *Epoch) {
 		w[i] += o.hdr(i)
 	}
 	w[hdrCounting] &= o.hdr(hdrCounting)
+	w[hdrVouched] &= o.hdr(hdrVouched)
 	w[hdrOpenedAt] = o.hdr(hdrOpenedAt)
 	w[hdrFirst] = o.First()
 	if o.hdr(hdrSaved) != 0 {

@@ -110,10 +110,11 @@ func (h *fileHooks) names() []string {
 
 // wholeCalls: functions of a file system can be preempted, also between two programs
 // that hang on them (kernel/bpf/trampoline.c).
-func (h *fileHooks) wholeCalls() bool    { return false }
-func (h *fileHooks) instanceID() uint64  { return h.instance }
-func (h *fileHooks) attached() time.Time { return h.since }
-func (h *fileHooks) changes() uint64     { return h.t.hookChanges() }
+func (h *fileHooks) wholeCalls() bool         { return false }
+func (h *fileHooks) vouched() (uint64, error) { return 0, nil }
+func (h *fileHooks) instanceID() uint64       { return h.instance }
+func (h *fileHooks) attached() time.Time      { return h.since }
+func (h *fileHooks) changes() uint64          { return h.t.hookChanges() }
 
 func (h *fileHooks) links() []uint32 {
 	h.mu.Lock()
@@ -122,7 +123,7 @@ func (h *fileHooks) links() []uint32 {
 }
 
 func (h *fileHooks) present(missed []uint64) []uint64 { return missed }
-func (h *fileHooks) stray([]uint64) bool              { return false }
+func (h *fileHooks) stray([]uint64, uint64) bool      { return false }
 
 func (h *fileHooks) name(i int) string {
 	return fmt.Sprintf("%s_%d", h.hooks[i/copies].program, i%copies)

@@ -2,7 +2,7 @@ package bpf
 
 // The same numbers stand in layout.h; TestLayoutMatchesHeader compares them.
 const (
-	layoutVersion  = 6
+	layoutVersion  = 7
 	maxDevices     = 256
 	places         = 1024
 	probes         = 16
@@ -11,6 +11,8 @@ const (
 	maxInflight    = 131072
 	inflightProbes = 8
 	maxDiscards    = 1024
+	maxCalls       = 32768
+	callProbes     = 8
 	maxWriters     = 8192
 	heatRegions    = 1024
 	copies         = 3 // of each program, at most
@@ -48,6 +50,7 @@ const (
 	hdrSaved    = 49  // 0, or how an epoch of another boot is known to be complete: SavedProven, SavedTrusted
 	hdrSavedIn  = 50  // and 51: that boot
 	hdrPrograms = 52  // words used of each of the following
+	hdrVouched  = 53  // at close, a bit per program: none of its events was missed by every copy
 	hdrHooks    = 54  // hostHooks, when opened
 	hdrMissBase = 64  // one word per program and copy, when opened
 	hdrMissed   = 128 // likewise, at close: missed while open
@@ -62,6 +65,14 @@ const (
 	hostWriters     = 2
 	hostHooks       = 3 // userspace's own, see hookchange.go
 	hostNVMeOps     = 4 // and 3 more
+)
+
+// Words of the call_counts map: two for each of the programs, in their order, then one.
+const (
+	callWords    = 16
+	callsBefore  = 8
+	callsUnnoted = 0
+	callsRescued = 1
 )
 
 // Broken makes a tracker that loses writes, so that a test can see that it would

@@ -6,7 +6,7 @@
 // them as long as a device is in use.
 #pragma once
 
-#define LAYOUT_VERSION 6
+#define LAYOUT_VERSION 7
 
 #define MAX_DEVICES 256 // slots
 #define PLACES 1024	// of the devices table, a power of two
@@ -14,6 +14,8 @@
 #define MAX_INFLIGHT 131072 // a power of two
 #define INFLIGHT_PROBES 8
 #define MAX_DISCARDS 1024
+#define MAX_CALLS 32768 // of each tracepoint, a power of two
+#define CALL_PROBES 8
 #define MAX_WRITERS 8192
 #define HEAT_REGIONS 1024 // per slot
 #define COPIES 3 // of each program, at most
@@ -46,6 +48,15 @@
 #define HOST_PASSTHROUGH 1 // passthrough on a queue without a disk
 #define HOST_WRITERS 2	   // writers that the table had no room for
 #define HOST_NVME_OPS 4	   // to 7: what userspace found to be the operations of NVMe admin queues
+
+// Words of the call_counts map: two for each tracepoint, in the order of CALL_*, then userspace's.
+#define CALL_WORDS 16
+#define CALLS_BEFORE 8 // to 10: what copy 0 had missed just before there was a second one
+#define CALLS_UNNOTED 0	 // calls that copy 0 saw and found no place for
+#define CALLS_RESCUED 1	 // calls that an earlier copy missed, and a later one saw
+#define CALL_QUEUE 0
+#define CALL_RQ_COMPLETE 1
+#define CALL_BIO_COMPLETE 2
 
 // Ways to break the tracker on purpose, so that tests can see it lose writes.
 #define BROKEN_NO_SUBMIT (1 << 0)   // submissions don't mark

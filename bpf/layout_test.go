@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"regexp"
+	"slices"
 	"strconv"
 	"testing"
 )
@@ -33,6 +34,9 @@ func TestLayoutMatchesHeader(t *testing.T) {
 		"TAINT_IOCTL": uint64(TaintIoctl), "TAINT_UNMOUNT": uint64(TaintUnmount), "TAINT_FOLIO": uint64(TaintFolio),
 		"BROKEN_NO_WRITEBACK": uint64(BrokenNoWriteback), "BROKEN_NO_DIRECT": uint64(BrokenNoDirect),
 		"TAINT_AUDIT": uint64(TaintAudit),
+		"MAX_CALLS":   maxCalls, "CALL_PROBES": callProbes, "CALL_WORDS": callWords, "CALLS_UNNOTED": callsUnnoted, "CALLS_BEFORE": callsBefore, "CALLS_RESCUED": callsRescued,
+		"CALL_QUEUE": uint64(slices.Index(programs, "bio_queue")), "CALL_RQ_COMPLETE": uint64(slices.Index(programs, "rq_complete")),
+		"CALL_BIO_COMPLETE": uint64(slices.Index(programs, "bio_complete")),
 	} {
 		if got, ok := header[name]; !ok || got != want {
 			t.Errorf("%s is %d in layout.h, %d in layout.go", name, got, want)

@@ -11,6 +11,7 @@ type Live struct {
 	Taint  Taint
 	Loss   Loss     // so far, as all below
 	Missed []uint64 // per program and copy
+	Least  []uint64 // per program, see Epoch.LeastMissed
 
 	Sectors, Landed uint64 // submitted and completed, 512 bytes each
 	Kernel          uint64 // counted by the kernel's own statistics
@@ -46,7 +47,7 @@ func (r *Registration) Untouched() (bool, Live, error) {
 func (r *Registration) live() (l Live, err error) {
 	l.Taint = Taint(atomic.LoadUint64(&r.current.mem.words[hdrTaint]))
 	so, err := r.soFar(r.current)
-	l.Loss, l.Missed = so.loss, so.missed
+	l.Loss, l.Missed, l.Least = so.loss, so.missed, leastMissed(so.missed, so.vouched)
 	l.Sectors, l.Landed, l.Kernel, l.Counting = so.sectors, so.landed, so.kernel, so.counting
 	return l, err
 }

@@ -468,6 +468,7 @@ func (r *Registration) finish(e *Epoch) error {
 	}
 	w := e.mem.words
 	copy(w[hdrMissed:], so.missed)
+	w[hdrVouched] = so.vouched
 	w[hdrSectors], w[hdrLanded], w[hdrKernel] = so.sectors, so.landed, so.kernel
 	if !so.counting {
 		w[hdrCounting] = 0
@@ -482,6 +483,7 @@ func (r *Registration) finish(e *Epoch) error {
 type soFar struct {
 	loss                    Loss
 	missed                  []uint64
+	vouched                 uint64 // see hdrVouched
 	sectors, landed, kernel uint64
 	counting                bool // kernel is known
 }
@@ -495,10 +497,20 @@ func (r *Registration) soFar(e *Epoch) (so soFar, err error) {
 	for i := range so.missed {
 		so.missed[i] -= e.hdr(hdrMissBase + i)
 	}
+	var suspect uint64
 	for p := range len(so.missed) / copies {
 		if lostEvents(so.missed[p*copies:(p+1)*copies], ever[p*copies:(p+1)*copies], whole) {
-			so.loss |= LossMissed
+			suspect |= 1 << p
 		}
+	}
+	vouched := uint64(0)
+	if suspect != 0 || r.programs.stray(ever, 0) {
+		if vouched, err = r.programs.vouched(); err != nil {
+			return so, err
+		}
+	}
+	if so.vouched = vouched | ^suspect; so.vouched != ^uint64(0) {
+		so.loss |= LossMissed
 	}
 	if !r.programs.intact() || e.hdr(hdrInstance) != r.programs.instanceID() {
 		so.loss |= LossDetached
@@ -517,7 +529,7 @@ func (r *Registration) soFar(e *Epoch) (so soFar, err error) {
 		so.loss |= LossReplaced
 	} else {
 		so.loss |= now.changed(e)
-		if d, ok := now.(Device); ok && d.BioBased && r.programs.stray(ever) {
+		if d, ok := now.(Device); ok && d.BioBased && r.programs.stray(ever, vouched) {
 			so.loss |= LossMissed
 		}
 	}

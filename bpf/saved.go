@@ -109,6 +109,7 @@ func (r *Registration) restore(like shape, s *Saved) (uint64, error) {
 	}
 	w[hdrPrograms] = uint64(len(s.Missed))
 	copy(w[hdrMissed:], s.Missed[:])
+	w[hdrVouched] = ^uint64(0) // else it would not have been saved
 	w[hdrSaved] = uint64(s.Trust)
 	w[hdrSavedIn], w[hdrSavedIn+1] = binary.BigEndian.Uint64(boot), binary.BigEndian.Uint64(boot[8:])
 	copy(e.Bitmap(), s.Bitmap)

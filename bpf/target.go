@@ -31,13 +31,16 @@ type programSet interface {
 	names() []string // each is attached copies times
 	missed() ([]uint64, error)
 	wholeCalls() bool // nobody else runs on a processor while all copies are called
+	// vouched tells, a bit for each program, that since they were attached no event was missed by all
+	// copies, where that is counted.
+	vouched() (uint64, error)
 	intact() bool
 	instanceID() uint64
 	attached() time.Time
 	links() []uint32
-	changes() uint64                  // see hookChanges; an epoch in which it changes is lost
-	present(missed []uint64) []uint64 // of the copies that are attached
-	stray(ever []uint64) bool         // see strayLanding
+	changes() uint64                          // see hookChanges; an epoch in which it changes is lost
+	present(missed []uint64) []uint64         // of the copies that are attached
+	stray(ever []uint64, vouched uint64) bool // see strayLanding
 }
 
 // LookupTarget describes the device or the image file at path. Errors wrap ErrNotBlock,
@@ -59,12 +62,15 @@ func (b blockPrograms) missed() ([]uint64, error) {
 	return m[:], err
 }
 
-func (b blockPrograms) wholeCalls() bool    { return wholeCalls() }
-func (b blockPrograms) intact() bool        { return b.t.intact() }
-func (b blockPrograms) instanceID() uint64  { return b.t.instance }
-func (b blockPrograms) attached() time.Time { return b.t.since }
-func (b blockPrograms) links() []uint32     { return b.t.LinkIDs() }
-func (b blockPrograms) changes() uint64     { return 0 } // tracepoints call them whatever else is attached
+func (b blockPrograms) wholeCalls() bool         { return b.t.wholeCalls() }
+func (b blockPrograms) vouched() (uint64, error) { return b.t.vouched() }
+func (b blockPrograms) intact() bool             { return b.t.intact() }
+func (b blockPrograms) instanceID() uint64       { return b.t.instance }
+func (b blockPrograms) attached() time.Time      { return b.t.since }
+func (b blockPrograms) links() []uint32          { return b.t.LinkIDs() }
+func (b blockPrograms) changes() uint64          { return 0 } // tracepoints call them whatever else is attached
 
 func (b blockPrograms) present(missed []uint64) []uint64 { return b.t.Attached(Misses(missed)) }
-func (b blockPrograms) stray(ever []uint64) bool         { return strayLanding(ever, b.t.copies) }
+func (b blockPrograms) stray(ever []uint64, vouched uint64) bool {
+	return strayLanding(ever, b.t.copies, vouched)
+}

@@ -17,6 +17,8 @@ char LICENSE[] SEC("license") = "GPL";
 // Set before loading.
 const volatile __u32 broken = 0; // BROKEN_*, in tests
 const volatile __u32 copies = COPIES; // that are attached, the first ones
+// Tracepoints can be preempted: programs miss events far more often, and which is written down.
+const volatile __u32 preemptible = 0;
 // Address of bio_chain_endio (block/bio.c), which ends the parts that were split off a
 // bio; 0 if userspace could not find it.
 const volatile __u64 chain_endio = 0;
@@ -64,14 +66,19 @@ struct {
 	__type(value, struct range);
 } inflight SEC(".maps");
 
-static __always_inline __u32 inflight_place(__u64 bio, __u32 n)
+static __always_inline __u32 pointer_hash(__u64 pointer)
 {
 	__u64 low;
 
 	// The verifier lets no arithmetic be done on a pointer, but a copy of half of it
 	// is a number.
-	asm volatile("r0 = %1\n\tw0 = w0\n\t%0 = r0" : "=r"(low) : "r"(bio) : "r0");
-	return (((__u32)low * 2654435761U >> 15) + n) & (MAX_INFLIGHT - 1);
+	asm volatile("r0 = %1\n\tw0 = w0\n\t%0 = r0" : "=r"(low) : "r"(pointer) : "r0");
+	return (__u32)low * 2654435761U >> 15;
+}
+
+static __always_inline __u32 inflight_place(__u64 bio, __u32 n)
+{
+	return (pointer_hash(bio) + n) & (MAX_INFLIGHT - 1);
 }
 
 // The entry of a bio, or NULL.
@@ -105,6 +112,91 @@ static __always_inline int take_off(__u64 bio, __u64 sector, __u32 bytes, __u32 
 	r->bytes = bytes;
 	r->dev = dev;
 	return 1;
+}
+
+struct call {
+	__u64 of;   // the bio or request; 0: free
+	__u64 mark; // tells this call from an earlier one of the same
+};
+
+// Calls of the tracepoints that copy 0, or a later one, has seen and the last one not yet: see note().
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 3 * MAX_CALLS);
+	__type(key, __u32);
+	__type(value, struct call);
+} calls SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, CALL_WORDS);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, __u64);
+} call_counts SEC(".maps");
+
+static __always_inline void count_call(__u32 tracepoint, __u32 what)
+{
+	__u32 i = 2 * tracepoint + what;
+	__u64 *n = bpf_map_lookup_elem(&call_counts, &i);
+	if (n)
+		__sync_fetch_and_add(n, 1);
+}
+
+// Where tracepoints can be preempted, each copy misses events while a task is stopped in it, but hardly
+// ever do all miss the same one. That none was missed by all is shown by a sum: what the kernel says that copy 0 missed is
+// what later copies saw without it. So copy 0 leaves a note of each call, whatever it is about; a later one that
+// finds none counts the call as rescued, and leaves the note; the last takes it away. One that
+// the last copy missed stays until the next call of the same; for that its mark is another. Nobody else calls the
+// tracepoint for the same bio or request meanwhile, and what mark is made of does not change.
+static __always_inline void note(__u64 of, __u64 mark, __u32 tracepoint, __u32 copy)
+{
+	struct call *c = NULL;
+	__u32 hash;
+
+	if (!preemptible || copies == 1)
+		return;
+	hash = pointer_hash(of);
+	for (__u32 n = 0; n < CALL_PROBES; n++) {
+		__u32 i = tracepoint * MAX_CALLS + ((hash + n) & (MAX_CALLS - 1));
+
+		c = bpf_map_lookup_elem(&calls, &i);
+		if (c && (c->of == of || (copy == 0 && !c->of && !__sync_val_compare_and_swap(&c->of, 0, of))))
+			break;
+		c = NULL;
+	}
+	if (copy == 0) {
+		if (c)
+			c->mark = mark;
+		else
+			count_call(tracepoint, CALLS_UNNOTED);
+		return;
+	}
+	if (copy == copies - 1) {
+		if (!c || c->mark != mark)
+			count_call(tracepoint, CALLS_RESCUED);
+		if (c)
+			c->of = 0;
+		return;
+	}
+	if (c && c->mark == mark)
+		return;
+	for (__u32 n = 0; n < CALL_PROBES && !c; n++) {
+		__u32 i = tracepoint * MAX_CALLS + ((hash + n) & (MAX_CALLS - 1));
+
+		c = bpf_map_lookup_elem(&calls, &i);
+		if (c && (c->of || __sync_val_compare_and_swap(&c->of, 0, of)))
+			c = NULL;
+	}
+	if (!c)
+		return; // the last copy counts it
+	c->mark = mark;
+	count_call(tracepoint, CALLS_RESCUED);
+}
+
+static __always_inline void note_bio(struct bio *bio, __u32 tracepoint, __u32 copy)
+{
+	note((__u64)bio, bio->bi_iter.bi_sector << 20 ^ (__u64)bio->bi_iter.bi_size << 8 ^ bio->bi_opf, tracepoint, copy);
 }
 
 static __always_inline __u32 disk_key(struct gendisk *disk)
@@ -318,6 +410,7 @@ static __always_inline int on_queue(struct bio *bio, __u32 copy)
 	struct gendisk *disk;
 	__u32 key;
 
+	note_bio(bio, CALL_QUEUE, copy);
 	if (!op_writes(e.op) || broken & BROKEN_BLIND)
 		return 0;
 	disk = bio->bi_bdev->bd_disk;
@@ -371,6 +464,7 @@ static __always_inline int on_rq_complete(struct request *rq, __u32 bytes, __u32
 	struct gendisk *disk;
 	int passthrough = e.op == REQ_OP_DRV_OUT;
 
+	note((__u64)rq, rq->__sector << 20 ^ rq->__data_len, CALL_RQ_COMPLETE, copy);
 	if (broken & BROKEN_BLIND)
 		return 0;
 	// Commands that carry no data count as reads, whatever they do: write zeroes,
@@ -428,6 +522,7 @@ static __always_inline int on_bio_complete(struct bio *bio, __u32 copy)
 	struct range *r;
 	__u32 key;
 
+	note_bio(bio, CALL_BIO_COMPLETE, copy);
 	if (!op_writes(e.op) || broken & BROKEN_BLIND)
 		return 0;
 	disk = bio->bi_bdev->bd_disk;

@@ -50,6 +50,9 @@ type Options struct {
 	// Variant makes the programs count as another version of themselves. Zero in all
 	// other use than tests.
 	Variant uint32
+	// Preemptible makes the tracker do what it does on kernels that preempt tracepoints. False in all other
+	// use than tests.
+	Preemptible bool
 	// Step is called before each step of an upgrade, with its name, so that a test can die
 	// there. Nil in all other use.
 	Step func(step string)
@@ -66,6 +69,7 @@ type Tracker struct {
 	progs    [9]*ebpf.Program
 	hostMap  *mapping
 	heatMap  *mapping
+	calls    *mapping // the call_counts map
 	devices  table
 	options  Options
 	object   uint64 // hash of what is attached
@@ -180,7 +184,7 @@ func (t *Tracker) replace() error {
 	if err := clearDir(t.dir); err != nil {
 		return err
 	}
-	t.gen, t.copies = 1, max(t.copies, firstCopies(t.options, wholeCalls()))
+	t.gen, t.copies = 1, max(t.copies, firstCopies(t.options, t.wholeCalls()))
 	if err := t.build(); err != nil {
 		return fmt.Errorf("attach the tracker: %w", err)
 	}
@@ -243,7 +247,7 @@ func (t *Tracker) Close() error {
 }
 
 func (t *Tracker) closeAll() {
-	for _, m := range []**mapping{&t.hostMap, &t.heatMap, &t.devices.mem} {
+	for _, m := range []**mapping{&t.hostMap, &t.heatMap, &t.calls, &t.devices.mem} {
 		if *m != nil {
 			(*m).close()
 			*m = nil
@@ -305,6 +309,7 @@ func (t *Tracker) mapNames() map[string]**ebpf.Map {
 	return map[string]**ebpf.Map{
 		"devices": &t.maps.Devices, "epochs": &t.maps.Epochs, "inflight": &t.maps.Inflight,
 		"counts": &t.maps.Counts, "host": &t.maps.Host, "heat": &t.maps.Heat, "writers": &t.maps.Writers,
+		"calls": &t.maps.Calls, "call_counts": &t.maps.CallCounts,
 	}
 }
 
@@ -442,6 +447,9 @@ func (t *Tracker) mapShared() error {
 	if t.heatMap, err = mapArray(t.maps.Heat); err != nil {
 		return err
 	}
+	if t.calls, err = mapArray(t.maps.CallCounts); err != nil {
+		return err
+	}
 	t.devices, err = mapTable(t.maps.Devices)
 	return err
 }
@@ -469,6 +477,11 @@ func (t *Tracker) build() error {
 	if err := spec.Variables["copies"].Set(uint32(t.copies)); err != nil {
 		return fmt.Errorf("set copies: %w", err)
 	}
+	if t.wholeCalls() {
+		spec.Maps["calls"].MaxEntries = 1
+	} else if err := spec.Variables["preemptible"].Set(uint32(1)); err != nil {
+		return fmt.Errorf("set preemptible: %w", err)
+	}
 	for i := range t.progs {
 		if i%copies >= t.copies {
 			delete(spec.Programs, programName(i))
@@ -491,6 +504,11 @@ func (t *Tracker) build() error {
 	// In order of copies: the last copy of an event drops what the others need.
 	for c := range t.copies {
 		for p := range programs {
+			if c == 1 {
+				if err := t.countBefore(p); err != nil {
+					return err
+				}
+			}
 			if err := t.attachProgram(coll, p*copies+c); err != nil {
 				return err
 			}

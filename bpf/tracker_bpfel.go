@@ -13,6 +13,12 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type trackerCall struct {
+	_    structs.HostLayout
+	Of   uint64
+	Mark uint64
+}
+
 type trackerCounters struct {
 	_               structs.HostLayout
 	Submits         uint64
@@ -72,6 +78,8 @@ type trackerWriterKey struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	trackerMapCallCounts    = "call_counts"
+	trackerMapCalls         = "calls"
 	trackerMapCounts        = "counts"
 	trackerMapDevices       = "devices"
 	trackerMapEpochs        = "epochs"
@@ -92,6 +100,7 @@ const (
 	trackerVarBroken        = "broken"
 	trackerVarChainEndio    = "chain_endio"
 	trackerVarCopies        = "copies"
+	trackerVarPreemptible   = "preemptible"
 )
 
 // loadTracker returns the embedded CollectionSpec for tracker.
@@ -152,22 +161,25 @@ type trackerProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type trackerMapSpecs struct {
-	Counts   *ebpf.MapSpec `ebpf:"counts"`
-	Devices  *ebpf.MapSpec `ebpf:"devices"`
-	Epochs   *ebpf.MapSpec `ebpf:"epochs"`
-	Heat     *ebpf.MapSpec `ebpf:"heat"`
-	Host     *ebpf.MapSpec `ebpf:"host"`
-	Inflight *ebpf.MapSpec `ebpf:"inflight"`
-	Writers  *ebpf.MapSpec `ebpf:"writers"`
+	CallCounts *ebpf.MapSpec `ebpf:"call_counts"`
+	Calls      *ebpf.MapSpec `ebpf:"calls"`
+	Counts     *ebpf.MapSpec `ebpf:"counts"`
+	Devices    *ebpf.MapSpec `ebpf:"devices"`
+	Epochs     *ebpf.MapSpec `ebpf:"epochs"`
+	Heat       *ebpf.MapSpec `ebpf:"heat"`
+	Host       *ebpf.MapSpec `ebpf:"host"`
+	Inflight   *ebpf.MapSpec `ebpf:"inflight"`
+	Writers    *ebpf.MapSpec `ebpf:"writers"`
 }
 
 // trackerVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type trackerVariableSpecs struct {
-	Broken     *ebpf.VariableSpec `ebpf:"broken"`
-	ChainEndio *ebpf.VariableSpec `ebpf:"chain_endio"`
-	Copies     *ebpf.VariableSpec `ebpf:"copies"`
+	Broken      *ebpf.VariableSpec `ebpf:"broken"`
+	ChainEndio  *ebpf.VariableSpec `ebpf:"chain_endio"`
+	Copies      *ebpf.VariableSpec `ebpf:"copies"`
+	Preemptible *ebpf.VariableSpec `ebpf:"preemptible"`
 }
 
 // trackerObjects contains all objects after they have been loaded into the kernel.
@@ -190,17 +202,21 @@ func (o *trackerObjects) Close() error {
 //
 // It can be passed to loadTrackerObjects or ebpf.CollectionSpec.LoadAndAssign.
 type trackerMaps struct {
-	Counts   *ebpf.Map `ebpf:"counts"`
-	Devices  *ebpf.Map `ebpf:"devices"`
-	Epochs   *ebpf.Map `ebpf:"epochs"`
-	Heat     *ebpf.Map `ebpf:"heat"`
-	Host     *ebpf.Map `ebpf:"host"`
-	Inflight *ebpf.Map `ebpf:"inflight"`
-	Writers  *ebpf.Map `ebpf:"writers"`
+	CallCounts *ebpf.Map `ebpf:"call_counts"`
+	Calls      *ebpf.Map `ebpf:"calls"`
+	Counts     *ebpf.Map `ebpf:"counts"`
+	Devices    *ebpf.Map `ebpf:"devices"`
+	Epochs     *ebpf.Map `ebpf:"epochs"`
+	Heat       *ebpf.Map `ebpf:"heat"`
+	Host       *ebpf.Map `ebpf:"host"`
+	Inflight   *ebpf.Map `ebpf:"inflight"`
+	Writers    *ebpf.Map `ebpf:"writers"`
 }
 
 func (m *trackerMaps) Close() error {
 	return _TrackerClose(
+		m.CallCounts,
+		m.Calls,
 		m.Counts,
 		m.Devices,
 		m.Epochs,
@@ -215,9 +231,10 @@ func (m *trackerMaps) Close() error {
 //
 // It can be passed to loadTrackerObjects or ebpf.CollectionSpec.LoadAndAssign.
 type trackerVariables struct {
-	Broken     *ebpf.Variable `ebpf:"broken"`
-	ChainEndio *ebpf.Variable `ebpf:"chain_endio"`
-	Copies     *ebpf.Variable `ebpf:"copies"`
+	Broken      *ebpf.Variable `ebpf:"broken"`
+	ChainEndio  *ebpf.Variable `ebpf:"chain_endio"`
+	Copies      *ebpf.Variable `ebpf:"copies"`
+	Preemptible *ebpf.Variable `ebpf:"preemptible"`
 }
 
 // trackerPrograms contains all programs after they have been loaded into the kernel.

@@ -108,7 +108,7 @@ func (v *Evidence) addLive(live bpf.Live, number uint64) {
 	v.LastEpoch = number
 	v.Sectors += live.Sectors
 	v.Landed += live.Landed
-	v.addMisses(live.Missed)
+	v.addMisses(live.Least)
 }
 
 // Marked implements Auditor.

@@ -29,7 +29,7 @@ func TestUnmarkedIsUnchanged(t *testing.T) {
 		testUnmarked(t, whole(delayDevice(t, truthSize, 25*time.Millisecond), "512"))
 	})
 	t.Run("zram", func(t *testing.T) {
-		testUnmarked(t, whole(zramDevice(t, truthSize), "4k"))
+		testUnmarked(t, whole(trackedZram(t, truthSize), "4k"))
 	})
 }
 

@@ -101,6 +101,15 @@ func zramDevice(t *testing.T, size int64) string {
 	return "/dev/zram" + n
 }
 
+// trackedZram is zramDevice, or skips where the tracker refuses it.
+func trackedZram(t *testing.T, size int64) string {
+	t.Helper()
+	if why := rwPage(); why != "" {
+		t.Skip("SKIP: zram is not tracked on this kernel: ", why)
+	}
+	return zramDevice(t, size)
+}
+
 func pinDir(t *testing.T) string {
 	dir := filepath.Join(filepath.Dir(bpf.DefaultDir), fmt.Sprintf("tidemark-test-%d-%s", os.Getpid(), strings.NewReplacer("/", "-", ".", "-").Replace(t.Name())))
 	t.Cleanup(func() {

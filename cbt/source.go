@@ -95,6 +95,6 @@ type Evidence struct {
 	Attached    time.Time `json:"attached,omitzero"`
 	Programs    []string  `json:"programs,omitempty"`     // in the order of LeastMisses
 	LinkIDs     []uint32  `json:"link_ids,omitempty"`     // of each program and copy that is attached
-	LeastMisses []uint64  `json:"least_misses,omitempty"` // per program, the copy that missed least: all 0 or the epoch is unknown
+	LeastMisses []uint64  `json:"least_misses,omitempty"` // per program, events that every copy may have missed: all 0 or the epoch is unknown
 	Missed      []uint64  `json:"missed,omitempty"`       // of an audit: per program and copy that is attached, in the current epoch
 }

@@ -420,7 +420,7 @@ func TestStateIsNotSaved(t *testing.T) {
 
 // Without a name that stays there is nothing to save: zram is another disk at each boot.
 func TestStateNeedsAName(t *testing.T) {
-	dev, h := zramDevice(t, small), newHost(t)
+	dev, h := trackedZram(t, small), newHost(t)
 	h.begin(t, dev)
 	if err := h.Save(h.tracker(t), dev); !errors.Is(err, bpf.ErrNoIdentity) {
 		t.Errorf("got %v", err)

@@ -282,18 +282,16 @@ func (v *Evidence) add(e *bpf.Epoch) {
 	v.Dirty += e.Dirty()
 	v.Sectors += e.Sectors()
 	v.Landed += e.Landed()
-	v.addMisses(e.Missed())
+	v.addMisses(e.LeastMissed())
 }
 
-// addMisses adds, per program, what the copy that missed least has missed. Those
-// that are not attached have missed what the first has.
-func (v *Evidence) addMisses(missed []uint64) {
+// addMisses adds, per program, what every copy may have missed.
+func (v *Evidence) addMisses(least []uint64) {
 	if v.LeastMisses == nil {
 		v.LeastMisses = make([]uint64, len(v.Programs))
 	}
-	per := len(missed) / max(1, len(v.Programs))
 	for p := range v.LeastMisses {
-		v.LeastMisses[p] += slices.Min(missed[p*per : (p+1)*per])
+		v.LeastMisses[p] += least[p]
 	}
 }
 
