@@ -41,7 +41,6 @@ type grainKey struct {
 // cache but still being read by someone. Its fields belong to the cache's lock,
 // but for data: between loading and the last release nobody changes that.
 type cachedGrain struct {
-	cache *Cache
 	key   grainKey
 	data  []byte
 	ready chan struct{} // closed when data or err is there
@@ -68,46 +67,72 @@ func (c *Cache) Stats() CacheStats {
 	return c.stats
 }
 
-// get returns the grain of the key, loading it if need be. Of concurrent calls one
-// loads and the others wait for it. The caller must release the grain.
-func (c *Cache) get(ctx context.Context, key grainKey, load func(ctx context.Context, dst []byte) error) (*cachedGrain, error) {
-	for {
-		g, mine := c.enter(key)
-		if mine {
-			err := load(ctx, g.data)
-			c.loaded(g, err)
-			if err != nil {
-				g.release()
-				return nil, err
-			}
-			return g, nil
+// grainReader reads the grains at refs into dst. It calls done once for each, from
+// several goroutines, and returns after the last.
+type grainReader func(ctx context.Context, refs []store.Ref, dst [][]byte, done func(i int, err error))
+
+// enter sets grains to those at refs, of size bytes each, and loads those that nobody
+// has loaded or is loading, all with one call of read. Zeroes are nil. The others may
+// still be on their way: see wait. The caller must release all of them.
+func (c *Cache) enter(ctx context.Context, refs []store.Ref, grains []*cachedGrain, size int, read grainReader) {
+	var missing []int
+	c.mu.Lock()
+	for i, ref := range refs {
+		grains[i] = nil
+		if ref.IsZero() {
+			continue
 		}
-		select {
-		case <-g.ready:
-		case <-ctx.Done():
-			g.release()
-			return nil, ctx.Err()
+		g, mine := c.enterLocked(grainKey{hash: ref.Hash, size: size})
+		if grains[i] = g; mine {
+			missing = append(missing, i)
 		}
-		if g.err == nil {
-			return g, nil
-		}
-		err := g.err
-		g.release()
-		if cerr := ctx.Err(); cerr != nil {
-			return nil, cerr
-		}
-		// Who loaded it gave up; that is no news about the grain.
-		if !errors.Is(err, context.Canceled) && !errors.Is(err, context.DeadlineExceeded) {
-			return nil, err
-		}
+	}
+	c.mu.Unlock()
+	if len(missing) > 0 {
+		c.load(ctx, refs, grains, missing, read)
 	}
 }
 
-// enter adds the caller to the grain's users. If mine is set, the grain is new
-// and the caller must load it.
-func (c *Cache) enter(key grainKey) (g *cachedGrain, mine bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
+func (c *Cache) load(ctx context.Context, refs []store.Ref, grains []*cachedGrain, missing []int, read grainReader) {
+	some, dst := make([]store.Ref, len(missing)), make([][]byte, len(missing))
+	for k, i := range missing {
+		some[k], dst[k] = refs[i], grains[i].data
+	}
+	read(ctx, some, dst, func(k int, err error) { c.loaded(grains[missing[k]], err) })
+}
+
+// wait waits until grains[i], which enter gave for refs[i], is loaded. If that
+// failed because another reader gave up, it is loaded again, and grains[i] replaced.
+func (c *Cache) wait(ctx context.Context, refs []store.Ref, grains []*cachedGrain, i int, read grainReader) error {
+	for {
+		g := grains[i]
+		select {
+		case <-g.ready:
+		default:
+			select {
+			case <-g.ready:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+		if g.err == nil {
+			return nil
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		// Who loaded it gave up; that is no news about the grain.
+		if !errors.Is(g.err, context.Canceled) && !errors.Is(g.err, context.DeadlineExceeded) {
+			return g.err
+		}
+		c.release(grains[i : i+1])
+		c.enter(ctx, refs[i:i+1], grains[i:i+1], g.key.size, read)
+	}
+}
+
+// enterLocked adds the caller to the grain's users. If mine is set, the grain is
+// new and the caller must load it.
+func (c *Cache) enterLocked(key grainKey) (g *cachedGrain, mine bool) {
 	if g := c.entries[key]; g != nil {
 		g.users++
 		c.stats.Hits++
@@ -117,7 +142,7 @@ func (c *Cache) enter(key grainKey) (g *cachedGrain, mine bool) {
 		}
 		return g, false
 	}
-	g = &cachedGrain{cache: c, key: key, data: c.buffer(key.size), ready: make(chan struct{}), users: 1}
+	g = &cachedGrain{key: key, data: c.buffer(key.size), ready: make(chan struct{}), users: 1}
 	c.entries[key] = g
 	c.stats.Misses++
 	return g, true
@@ -153,14 +178,19 @@ func (c *Cache) evict(g *cachedGrain) {
 	}
 }
 
-// release ends the caller's use of g: it must not look at g.data any more.
-func (g *cachedGrain) release() {
-	c := g.cache
+// release ends the caller's use of grains, of which some may be nil: it must not look
+// at their data any more.
+func (c *Cache) release(grains []*cachedGrain) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	g.users--
-	if g.users == 0 && g.gone {
-		c.recycle(g)
+	for _, g := range grains {
+		if g == nil {
+			continue
+		}
+		g.users--
+		if g.users == 0 && g.gone {
+			c.recycle(g)
+		}
 	}
 }
 

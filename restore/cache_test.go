@@ -18,22 +18,33 @@ const testGrain = 4096
 
 // numberedGrains is a source of grains that hold their own number throughout.
 type numberedGrains struct {
-	reads atomic.Int64
+	reads atomic.Int64 // grains
+	calls atomic.Int64 // of ReadGrains
 	// hold, if set, is called in each read of a grain.
 	hold func(ctx context.Context, grain int64) error
 }
 
-func (s *numberedGrains) Lookup(_ context.Context, grain int64) (store.Ref, error) {
-	var ref store.Ref
-	binary.BigEndian.PutUint64(ref.Hash[:], uint64(grain)+1)
-	return ref, nil
+func (s *numberedGrains) Refs(_ context.Context, from int64, dst []store.Ref) error {
+	for i := range dst {
+		binary.BigEndian.PutUint64(dst[i].Hash[:], uint64(from+int64(i))+1)
+	}
+	return nil
 }
 
 func (s *numberedGrains) Runs(_ context.Context, from, to int64) iter.Seq2[store.Run, error] {
 	return func(yield func(store.Run, error) bool) { yield(store.Run{From: from, To: to}, nil) }
 }
 
-func (s *numberedGrains) ReadGrain(ctx context.Context, ref store.Ref, dst []byte) error {
+func (s *numberedGrains) ReadGrains(ctx context.Context, refs []store.Ref, dst [][]byte, done func(i int, err error)) {
+	s.calls.Add(1)
+	var wg sync.WaitGroup
+	for i, ref := range refs {
+		wg.Go(func() { done(i, s.readGrain(ctx, ref, dst[i])) })
+	}
+	wg.Wait()
+}
+
+func (s *numberedGrains) readGrain(ctx context.Context, ref store.Ref, dst []byte) error {
 	s.reads.Add(1)
 	n := int64(binary.BigEndian.Uint64(ref.Hash[:])) - 1
 	if s.hold != nil {

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"slices"
+	"sync"
 
 	"github.com/tidemark/tidemark/store"
 )
@@ -34,6 +36,7 @@ type PointDisk struct {
 	name  string
 	cache *Cache
 	ahead *readAhead
+	read  grainReader // of src
 }
 
 var (
@@ -44,9 +47,9 @@ var (
 
 // grainSource is what a disk needs of its repository and map.
 type grainSource interface {
-	Lookup(ctx context.Context, grain int64) (store.Ref, error)
+	Refs(ctx context.Context, from int64, dst []store.Ref) error
 	Runs(ctx context.Context, from, to int64) iter.Seq2[store.Run, error]
-	ReadGrain(ctx context.Context, ref store.Ref, dst []byte) error
+	ReadGrains(ctx context.Context, refs []store.Ref, dst [][]byte, done func(i int, err error))
 }
 
 // Bounds of a grain's size, in bytes.
@@ -60,8 +63,8 @@ type repoSource struct {
 	repo *store.Repo
 }
 
-func (s repoSource) ReadGrain(ctx context.Context, ref store.Ref, dst []byte) error {
-	return s.repo.ReadGrain(ctx, ref, dst)
+func (s repoSource) ReadGrains(ctx context.Context, refs []store.Ref, dst [][]byte, done func(i int, err error)) {
+	s.repo.ReadGrains(ctx, refs, dst, done)
 }
 
 // OpenPoint opens the disk of p with the given index. Disks may share a cache.
@@ -82,7 +85,7 @@ func OpenPoint(repo *store.Repo, p *store.Point, disk int, cache *Cache) (*Point
 }
 
 func newPointDisk(src grainSource, root store.Root, name string, cache *Cache) *PointDisk {
-	d := &PointDisk{src: src, root: root, name: name, cache: cache}
+	d := &PointDisk{src: src, root: root, name: name, cache: cache, read: src.ReadGrains}
 	d.ahead = newReadAhead(int64(root.Grain), d.grains(root.Size), cache.capacity, d.prefetch)
 	return d
 }
@@ -114,51 +117,102 @@ func (d *PointDisk) ReadAtContext(ctx context.Context, p []byte, off int64) (int
 	if total > 0 {
 		d.ahead.note(off, int64(total))
 	}
-	grain := int64(d.root.Grain)
 	for done := 0; done < total; {
 		at := off + int64(done)
-		piece := p[done:min(total, done+int(grain-at%grain))]
-		if err := d.readGrain(ctx, at/grain, piece, at%grain); err != nil {
-			start := at - at%grain
-			return done, &ReadError{Disk: d.name, Off: start, Len: min(grain, d.root.Size-start), Err: err}
+		piece := p[done:min(total, done+int(readChunk-at%readChunk))]
+		n, err := d.readChunk(ctx, piece, at)
+		done += n
+		if err != nil {
+			return done, err
 		}
-		done += len(piece)
 	}
 	return total, eof
 }
 
-// readGrain fills p from byte off of a grain on.
-func (d *PointDisk) readGrain(ctx context.Context, grain int64, p []byte, off int64) error {
-	g, err := d.grain(ctx, grain)
+// readChunk is how much of a disk is read at once, in bytes. It bounds what a large read
+// holds beyond the cache, and is a multiple of every grain.
+const readChunk = 4 << 20
+
+// readChunk reads a part of a chunk.
+func (d *PointDisk) readChunk(ctx context.Context, p []byte, off int64) (int, error) {
+	grain := int64(d.root.Grain)
+	first := off / grain
+	l, err := d.enter(ctx, first, (off+int64(len(p))-1)/grain+1)
 	if err != nil {
-		return err
+		return 0, d.readError(first, err)
 	}
-	if g == nil {
-		clear(p)
-		return nil
+	defer l.release()
+	done := 0
+	for i := range l.grains {
+		at := off + int64(done)
+		piece := p[done:min(len(p), done+int(grain-at%grain))]
+		data, err := l.get(ctx, i)
+		if err != nil {
+			return done, d.readError(first+int64(i), err)
+		}
+		if data == nil {
+			clear(piece)
+		} else {
+			copy(piece, data[at%grain:])
+		}
+		done += len(piece)
 	}
-	copy(p, g.data[off:])
-	g.release()
-	return nil
+	return done, nil
 }
 
-// grain returns a grain, to be released, or nil for zeroes.
-func (d *PointDisk) grain(ctx context.Context, grain int64) (*cachedGrain, error) {
+func (d *PointDisk) readError(grain int64, err error) error {
+	off := grain * int64(d.root.Grain)
+	return &ReadError{Disk: d.name, Off: off, Len: min(int64(d.root.Grain), d.root.Size-off), Err: err}
+}
+
+// lease is the use of neighbouring grains. It must be released.
+type lease struct {
+	disk   *PointDisk
+	refs   []store.Ref
+	grains []*cachedGrain // nil where zero
+}
+
+// leases are used again: most reads are of a grain that is cached, and need nothing
+// else.
+var leases = sync.Pool{New: func() any { return new(lease) }}
+
+// enter begins the use of the grains [from, to), and loads those that are missing.
+func (d *PointDisk) enter(ctx context.Context, from, to int64) (*lease, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	ref, err := d.src.Lookup(ctx, grain)
-	if err != nil || ref.IsZero() {
+	l := leases.Get().(*lease)
+	n := int(to - from)
+	l.disk, l.refs, l.grains = d, slices.Grow(l.refs[:0], n)[:n], slices.Grow(l.grains[:0], n)[:n]
+	if err := d.src.Refs(ctx, from, l.refs); err != nil {
+		leases.Put(l)
 		return nil, err
 	}
-	return d.cache.get(ctx, grainKey{hash: ref.Hash, size: d.root.Grain}, func(ctx context.Context, dst []byte) error {
-		return d.src.ReadGrain(ctx, ref, dst)
-	})
+	d.cache.enter(ctx, l.refs, l.grains, d.root.Grain, d.read)
+	return l, nil
 }
 
-func (d *PointDisk) prefetch(ctx context.Context, grain int64) {
-	if g, err := d.grain(ctx, grain); err == nil && g != nil {
-		g.release()
+// get returns the content of the i-th grain, or nil for zeroes.
+func (l *lease) get(ctx context.Context, i int) ([]byte, error) {
+	if l.grains[i] == nil {
+		return nil, ctx.Err()
+	}
+	if err := l.disk.cache.wait(ctx, l.refs, l.grains, i, l.disk.read); err != nil {
+		return nil, err
+	}
+	return l.grains[i].data, nil
+}
+
+func (l *lease) release() {
+	l.disk.cache.release(l.grains)
+	clear(l.grains)
+	leases.Put(l)
+}
+
+// prefetch loads the grains [from, to). Who needs them will meet the errors.
+func (d *PointDisk) prefetch(ctx context.Context, from, to int64) {
+	if l, err := d.enter(ctx, from, to); err == nil {
+		l.release()
 	}
 }
 

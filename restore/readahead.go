@@ -7,20 +7,22 @@ import (
 )
 
 const (
-	aheadStreams = 8  // sequential readers of one disk that are told apart
-	aheadGrains  = 16 // how far ahead of a reader to load, at most
-	aheadQueue   = 64 // grains waiting to be loaded
-	aheadLoaders = 4  // goroutines per disk, at most
+	aheadStreams = 8        // sequential readers of one disk that are told apart
+	aheadBytes   = 16 << 20 // how far ahead of a reader to load, at most
+	aheadSpan    = 2 << 20  // what a goroutine loads at once, in bytes
+	aheadQueue   = 32       // spans waiting to be loaded
+	aheadLoaders = 4        // goroutines per disk, at most
 )
 
-// readAhead watches the reads of a disk and loads the grains that will be wanted next. It
-// starts goroutines only while there is something to load, and close waits
-// for them.
+// readAhead watches the reads of a disk and loads the grains that will be wanted next:
+// as much as a reader has read in sequence, so at most half of what is loaded is
+// in vain. It starts goroutines only while there is something to load, and close
+// waits for them.
 type readAhead struct {
 	grain  int64 // size in bytes
 	grains int64 // of the disk
 	window int64 // grains to be ahead, at most; 0: off
-	load   func(ctx context.Context, grain int64)
+	load   func(ctx context.Context, from, to int64)
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -30,23 +32,26 @@ type readAhead struct {
 	closed  bool
 	streams [aheadStreams]stream
 	clock   int64
-	queue   []int64
+	queue   []grainSpan
 	loaders int
 }
 
+// grainSpan is the grains [from, to).
+type grainSpan struct{ from, to int64 }
+
 // stream is one sequential reader.
 type stream struct {
+	start  int64 // where it began, in bytes
 	next   int64 // where its next read should begin, in bytes; 0: unused
 	queued int64 // grains before this one were queued
-	window int64 // grains
 	used   int64 // clock of the last read
 }
 
 // newReadAhead prepares read-ahead through load, which reports errors to nobody:
 // the reader that comes to the grain will meet them.
-func newReadAhead(grain, grains, cacheBytes int64, load func(ctx context.Context, grain int64)) *readAhead {
+func newReadAhead(grain, grains, cacheBytes int64, load func(ctx context.Context, from, to int64)) *readAhead {
 	// What is loaded ahead must not push itself out.
-	r := &readAhead{grain: grain, grains: grains, window: min(aheadGrains, cacheBytes/grain/4), load: load}
+	r := &readAhead{grain: grain, grains: grains, window: min(aheadBytes, cacheBytes/4) / grain, load: load}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	return r
 }
@@ -61,27 +66,28 @@ func (r *readAhead) note(off, n int64) {
 	if r.closed {
 		return
 	}
-	first, last := off/r.grain, (off+n-1)/r.grain
-	if last > first {
-		// The reader itself begins with the first one.
-		r.enqueue(first+1, min(last+1, first+1+r.window))
-	}
+	last := (off + n - 1) / r.grain
 	r.clock++
 	s, known := r.stream(off, n)
 	s.used = r.clock
 	end := off + n
 	if !known {
-		*s = stream{next: end, queued: last + 1, used: r.clock}
+		*s = stream{start: off, next: end, queued: last + 1, used: r.clock}
 		return
 	}
 	if end <= s.next {
 		return // a late one of several requests under way
 	}
 	s.next = end
-	s.window = min(max(2*s.window, 2), r.window)
-	from, to := max(s.queued, last+1), min(last+1+s.window, r.grains)
-	if from < to {
-		r.enqueue(from, to)
+	s.queued = max(s.queued, last+1)
+	window := min(max((end-s.start)/r.grain, 2), r.window)
+	// In steps of half a window, so that what lies together is asked for together.
+	if s.queued-(last+1) > window/2 {
+		return
+	}
+	to := min(last+1+window, r.grains)
+	if s.queued < to {
+		r.enqueue(s.queued, to)
 		s.queued = to
 	}
 }
@@ -106,8 +112,8 @@ func (r *readAhead) stream(off, n int64) (s *stream, known bool) {
 // enqueue has the grains of [from, to) loaded. If there are too many, the
 // oldest are left out: their reader is past them most likely.
 func (r *readAhead) enqueue(from, to int64) {
-	for g := from; g < to; g++ {
-		r.queue = append(r.queue, g)
+	for step := max(aheadSpan/r.grain, 1); from < to; from += step {
+		r.queue = append(r.queue, grainSpan{from, min(from+step, to)})
 	}
 	if over := len(r.queue) - aheadQueue; over > 0 {
 		r.queue = r.queue[:copy(r.queue, r.queue[over:])]
@@ -121,24 +127,24 @@ func (r *readAhead) enqueue(from, to int64) {
 // run loads grains until none is left.
 func (r *readAhead) run() {
 	for {
-		g, ok := r.take()
+		s, ok := r.take()
 		if !ok {
 			return
 		}
-		r.load(r.ctx, g)
+		r.load(r.ctx, s.from, s.to)
 	}
 }
 
-func (r *readAhead) take() (int64, bool) {
+func (r *readAhead) take() (grainSpan, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if len(r.queue) == 0 || r.closed {
 		r.loaders--
-		return 0, false
+		return grainSpan{}, false
 	}
-	g := r.queue[0]
+	s := r.queue[0]
 	r.queue = r.queue[:copy(r.queue, r.queue[1:])]
-	return g, true
+	return s, true
 }
 
 // close stops loading and waits for the goroutines.

@@ -105,6 +105,9 @@ func within(level int, first, from, to int64) (lo, hi int) {
 // loadChildren brings the children [lo, hi) of n into the cache if they are more
 // than one.
 func (r *reader) loadChildren(ctx context.Context, n *node, lo, hi int) {
+	if hi-lo < 2 {
+		return
+	}
 	var refs []Ref
 	for i := lo; i < hi; i++ {
 		if c := n.child(i); !c.IsZero() {
