@@ -44,6 +44,10 @@ func (s *numberedGrains) ReadGrains(ctx context.Context, refs []store.Ref, dst [
 	wg.Wait()
 }
 
+func (s *numberedGrains) IsGrain(ref store.Ref, p []byte) bool {
+	return bytes.Equal(p, numbered(int64(binary.BigEndian.Uint64(ref.Hash[:]))-1))
+}
+
 func (s *numberedGrains) readGrain(ctx context.Context, ref store.Ref, dst []byte) error {
 	s.reads.Add(1)
 	n := int64(binary.BigEndian.Uint64(ref.Hash[:])) - 1

@@ -50,6 +50,7 @@ type grainSource interface {
 	Refs(ctx context.Context, from int64, dst []store.Ref) error
 	Runs(ctx context.Context, from, to int64) iter.Seq2[store.Run, error]
 	ReadGrains(ctx context.Context, refs []store.Ref, dst [][]byte, done func(i int, err error))
+	IsGrain(ref store.Ref, p []byte) bool
 }
 
 // Bounds of a grain's size, in bytes.
@@ -66,6 +67,8 @@ type repoSource struct {
 func (s repoSource) ReadGrains(ctx context.Context, refs []store.Ref, dst [][]byte, done func(i int, err error)) {
 	s.repo.ReadGrains(ctx, refs, dst, done)
 }
+
+func (s repoSource) IsGrain(ref store.Ref, p []byte) bool { return s.repo.IsGrain(ref, p) }
 
 // OpenPoint opens the disk of p with the given index. Disks may share a cache.
 // The repository must stay open until the disk is closed.

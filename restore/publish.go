@@ -8,9 +8,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// publish gives the complete file at tmp its name and makes the name durable.
+// Publish gives the complete file at tmp its name and makes the name durable.
 // Unless replace is set, it fails with os.ErrExist if the name is taken.
-func publish(tmp, path string, replace bool) error {
+func Publish(tmp, path string, replace bool) error {
 	var err error
 	if replace {
 		err = os.Rename(tmp, path)

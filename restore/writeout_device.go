@@ -5,18 +5,57 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
+	"sync"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
 
-// deviceHead is the start of a device that is written last, in bytes.
-const deviceHead = 1 << 20
+// headLen is the start of a target that is written last, in bytes.
+const headLen = 1 << 20
 
-func writeDevice(ctx context.Context, d Disk, path string, o WriteOptions) (_ WriteResult, err error) {
+// headLast copies a disk over what a target holds, so that it does not look
+// like a disk while it is neither the old nor the new one.
+type headLast struct {
+	*copier
+
+	mu    sync.Mutex
+	taken bool // the head is durably zero
+	err   error
+}
+
+// take zeroes the head, once.
+func (h *headLast) take() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.taken || h.err != nil {
+		return h.err
+	}
+	if h.err = h.target.zero(context.Background(), 0, min(headLen, h.disk.Size())); h.err == nil {
+		h.err = h.target.Sync()
+	}
+	h.taken = h.err == nil
+	return h.err
+}
+
+func (h *headLast) copy(ctx context.Context) error {
+	head, size := min(headLen, h.disk.Size()), h.disk.Size()
+	h.before = h.take
+	if err := h.copier.copy(ctx, head, size); err != nil {
+		return err
+	}
+	// The head comes when all else is durable.
+	if err := h.target.Sync(); err != nil {
+		return h.failed(ofTarget, err)
+	}
+	h.before = nil
+	h.empty, h.blind = h.taken, h.blind && !h.taken
+	return h.copier.copy(ctx, 0, head)
+}
+
+func writeDevice(ctx context.Context, d bulkDisk, path string, o WriteOptions) (_ WriteResult, err error) {
 	// O_EXCL on a block device: nobody else may hold it, a mount for instance.
-	f, err := os.OpenFile(path, os.O_WRONLY|unix.O_EXCL, 0)
+	f, err := openTarget(path, unix.O_EXCL)
 	if errors.Is(err, unix.EBUSY) {
 		return WriteResult{}, fmt.Errorf("%s: %w", path, ErrBusy)
 	}
@@ -35,34 +74,20 @@ func writeDevice(ctx context.Context, d Disk, path string, o WriteOptions) (_ Wr
 	if size < d.Size() {
 		return WriteResult{}, fmt.Errorf("%s has %d bytes, the disk %d: %w", path, size, d.Size(), ErrTooSmall)
 	}
-	c := newCopier(d, f, o)
-	c.zero = func(off, n int64) error { return zeroDevice(ctx, f, off, n) }
-	head := min(deviceHead, d.Size())
-	if err := c.zero(0, head); err != nil {
-		return WriteResult{}, err
-	}
-	for _, span := range [][2]int64{{head, d.Size()}, {0, head}} {
-		// The head is durably zero before anything else is there, and written when all
-		// else is durable.
-		if err := f.Sync(); err != nil {
-			return WriteResult{}, err
-		}
-		if err := c.copy(ctx, span[0], span[1]); err != nil {
-			return WriteResult{}, err
-		}
-	}
-	if err := f.Sync(); err != nil {
-		return WriteResult{}, err
-	}
+	c := &copier{disk: d, target: deviceTarget{f}, options: o, blind: o.Blind}
 	c.result.Device = true
-	return c.result, nil
+	h := &headLast{copier: c}
+	if err := h.copy(ctx); err != nil {
+		return WriteResult{}, err
+	}
+	return c.result, c.finish(ctx)
 }
 
 // zeroStep is how much of a device is zeroed between looks at the context, in bytes.
 const zeroStep = 1 << 30
 
 // zeroDevice zeroes a range, by the device itself for whole sectors if it can.
-func zeroDevice(ctx context.Context, f *os.File, off, n int64) error {
+func zeroDevice(ctx context.Context, f *sparseFile, off, n int64) error {
 	const sector = 4096 // the largest logical block there is
 	from, to := (off+sector-1)/sector*sector, (off+n)/sector*sector
 	if from >= to {
@@ -84,23 +109,17 @@ func zeroDevice(ctx context.Context, f *os.File, off, n int64) error {
 	return writeZeroes(f, to, off+n-to)
 }
 
-func zeroSectors(f *os.File, off, n int64) error {
-	raw, err := f.SyscallConn()
-	if err != nil {
-		return err
-	}
+func zeroSectors(f *sparseFile, off, n int64) error {
 	span := [2]uint64{uint64(off), uint64(n)}
-	var errno unix.Errno
-	if err := raw.Control(func(fd uintptr) {
-		_, _, errno = unix.Syscall(unix.SYS_IOCTL, fd, unix.BLKZEROOUT, uintptr(unsafe.Pointer(&span)))
-	}); err != nil {
-		return err
-	}
-	switch errno {
-	case 0:
+	err := f.call("BLKZEROOUT", func(fd int) error {
+		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.BLKZEROOUT, uintptr(unsafe.Pointer(&span))); errno != 0 {
+			return errno
+		}
 		return nil
-	case unix.ENOTTY, unix.EOPNOTSUPP, unix.EINVAL:
+	})
+	switch {
+	case errors.Is(err, unix.ENOTTY), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EINVAL):
 		return writeZeroes(f, off, n)
 	}
-	return &os.PathError{Op: "BLKZEROOUT", Path: f.Name(), Err: errno}
+	return err
 }

@@ -8,6 +8,7 @@ import (
 	"github.com/tidemark/tidemark/agent"
 	"github.com/tidemark/tidemark/bpf"
 	"github.com/tidemark/tidemark/cbt"
+	"github.com/tidemark/tidemark/restore"
 	"github.com/tidemark/tidemark/store"
 )
 
@@ -41,11 +42,11 @@ func exitCode(ctx context.Context, err error) int {
 		return exitUnrecorded // whatever else went wrong
 	case errors.As(err, &usage), errors.Is(err, agent.ErrQuiesceSyntax), errors.Is(err, agent.ErrConfig):
 		return exitUsage
-	case errors.Is(err, bpf.ErrPermission), errors.Is(err, bpf.ErrNoBTF), errors.Is(err, bpf.ErrOldKernel), errors.Is(err, bpf.ErrUntrackable), errors.Is(err, bpf.ErrNoFileHooks), errors.Is(err, errFormat):
+	case errors.Is(err, bpf.ErrPermission), errors.Is(err, bpf.ErrNoBTF), errors.Is(err, bpf.ErrOldKernel), errors.Is(err, bpf.ErrUntrackable), errors.Is(err, bpf.ErrNoFileHooks), errors.Is(err, errFormat), errors.Is(err, errNoQemuImg):
 		return exitUnsupported
-	case errors.Is(err, bpf.ErrBusy), errors.Is(err, store.ErrLocked):
+	case errors.Is(err, bpf.ErrBusy), errors.Is(err, store.ErrLocked), errors.Is(err, restore.ErrBusy):
 		return exitBusy
-	case errors.Is(err, store.ErrCorrupt), errors.Is(err, errProblems):
+	case errors.Is(err, store.ErrCorrupt), errors.Is(err, errProblems), errors.Is(err, restore.ErrReadBack):
 		return exitCorrupt
 	case ctx.Err() != nil && errors.Is(err, context.Canceled):
 		return exitInterrupted
@@ -72,6 +73,8 @@ func message(err error) string {
 		{bpf.ErrBusy, "wait for the backup that is running, or see `tidemark status`"},
 		{store.ErrLocked, "wait for the backup of this VM that is running"},
 		{store.ErrNotRepository, "`tidemark init -r REPO` makes one"},
+		{errNoQemuImg, "install it (Debian: qemu-utils), or restore to a raw file"},
+		{restore.ErrReadBack, "the target does not keep what is written to it: don't use it"},
 		{agent.ErrPauseBudget, "give more with --pause-budget, or run it when the guest writes less"},
 		{agent.ErrInUse, "name what can pause it with --quiesce qmp=SOCKET, freeze=DIR or pid=PID; or accept a point that shows no single instant with --allow-inconsistent"},
 	}
