@@ -25,10 +25,12 @@ type Overlay struct {
 	shape overlayShape
 	file  backing
 	bits  *blockBitmap
+	space *space // nil without a limit
 
 	// A block's way into the overlay (read the base, write the block, set its
 	// bit) is under the lock of its region. Where all bits are set already, no
-	// lock is needed: bits stay.
+	// lock is needed: bits stay. With a limit every write and hole is under the
+	// lock, so that data is counted as what it is.
 	regions [regionLocks]sync.Mutex
 
 	sync struct {
@@ -213,7 +215,7 @@ func (o *Overlay) WriteAt(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	end := off + int64(len(p))
-	if o.bits.all(off/overlayBlock, (end+overlayBlock-1)/overlayBlock) {
+	if o.space == nil && o.bits.all(off/overlayBlock, (end+overlayBlock-1)/overlayBlock) {
 		return o.file.WriteAt(p, o.shape.dataAt()+off)
 	}
 	for done := 0; done < len(p); {
@@ -233,6 +235,9 @@ func (o *Overlay) writeRegion(p []byte, off int64) error {
 	l := o.regionLock(first)
 	l.Lock()
 	defer l.Unlock()
+	if err := o.space.reserve(first, last+1); err != nil {
+		return err
+	}
 	// The ends of p may cover only parts of their blocks.
 	if err := o.copyUp(first, off, int64(len(p))); err != nil {
 		return err
@@ -303,7 +308,7 @@ func (o *Overlay) Trim(off, n int64) error { return o.Zero(off, n) }
 
 // zeroBlocks makes holes of the blocks of [from, to).
 func (o *Overlay) zeroBlocks(from, to int64) error {
-	if o.bits.all(from, to) {
+	if o.space == nil && o.bits.all(from, to) {
 		return o.punch(from, to)
 	}
 	if to-from >= manyRegions {
@@ -342,7 +347,11 @@ func (o *Overlay) punchIn(from, to int64) error {
 }
 
 func (o *Overlay) punch(from, to int64) error {
-	return o.file.Punch(o.shape.dataAt()+from*overlayBlock, (to-from)*overlayBlock)
+	if err := o.file.Punch(o.shape.dataAt()+from*overlayBlock, (to-from)*overlayBlock); err != nil {
+		return err
+	}
+	o.space.free(from, to)
+	return nil
 }
 
 // Sync makes all writes that completed before it durable.

@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
 	"strings"
 
+	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
 
 	"github.com/tidemark/tidemark/nbd"
@@ -29,7 +31,8 @@ time.
 
 With --writable a client may write: what it writes goes into an overlay, and the
 point stays as it is. The overlay is a file that --overlay names and that can be used
-again, or a temporary one that is gone when the export ends.
+again, or a temporary one that is gone when the export ends. It takes space for what is
+written and gives back what is discarded; --overlay-limit bounds it, per disk.
 
 Anyone who can reach a TCP address given with --listen can read the disks.`,
 		Example: `  tidemark export web1@latest -r /srv/backup --socket /run/web1.sock --writable --overlay web1.overlay
@@ -45,14 +48,16 @@ Anyone who can reach a TCP address given with --listen can read the disks.`,
 	f.StringVar(&o.listen, "listen", "", "TCP address to listen on, such as 127.0.0.1:10809")
 	f.IntVar(&o.disk, "disk", -1, "only this disk of the point")
 	f.BoolVar(&o.writable, "writable", false, "let clients write, into an overlay")
+	f.StringVar(&o.limit, "overlay-limit", "", "how much an overlay may hold, such as 20GiB: past it writes fail with \"no space left\"")
 	f.StringVar(&o.overlay, "overlay", "", "file that keeps what is written, made if it is not there; with more than one disk, .diskN is added")
 	return c
 }
 
 type exportOptions struct {
-	socket, listen, overlay string
-	disk                    int
-	writable                bool
+	socket, listen, overlay, limit string
+	limitBytes                     int64
+	disk                           int
+	writable                       bool
 }
 
 func (o exportOptions) run(c *cobra.Command, g *globals, ref string) (err error) {
@@ -61,6 +66,13 @@ func (o exportOptions) run(c *cobra.Command, g *globals, ref string) (err error)
 	}
 	if o.overlay != "" && !o.writable {
 		return usageError{errors.New("export: --overlay goes with --writable")}
+	}
+	if o.limit != "" {
+		n, err := humanize.ParseBytes(o.limit)
+		if err != nil || n > math.MaxInt64 || !o.writable {
+			return usageError{fmt.Errorf("export: --overlay-limit %s: a size such as 20GiB, together with --writable", o.limit)}
+		}
+		o.limitBytes = int64(n)
 	}
 	ctx := c.Context()
 	cat, repo, err := g.catalog(ctx)
@@ -144,16 +156,32 @@ type closingDisk interface {
 }
 
 // openOverlay opens or makes the overlay of disk i.
-func (o exportOptions) openOverlay(cat *restore.Catalog, p *restore.PointDetails, i int, several bool, base restore.Disk) (closingDisk, error) {
+func (o exportOptions) openOverlay(cat *restore.Catalog, p *restore.PointDetails, i int, several bool, base restore.Disk) (_ closingDisk, err error) {
 	id := cat.Identity(p, i)
+	var d closingDisk
+	var ov *restore.Overlay
 	if o.overlay == "" {
-		return newScratch(base, id)
+		s, err := newScratch(base, id)
+		if err != nil {
+			return nil, err
+		}
+		d, ov = s, s.Overlay
+	} else {
+		file := o.overlay
+		if several {
+			file += "." + p.Disks[i].Name
+		}
+		if ov, err = restore.OpenOrCreateOverlay(file, base, id); err != nil {
+			return nil, err
+		}
+		d = ov
 	}
-	file := o.overlay
-	if several {
-		file += "." + p.Disks[i].Name
+	if o.limit != "" {
+		if err := ov.Limit(o.limitBytes); err != nil {
+			return nil, errors.Join(err, d.Close())
+		}
 	}
-	return restore.OpenOrCreateOverlay(file, base, id)
+	return d, nil
 }
 
 // findBootable finds a point to run a machine from. One that shows no single
