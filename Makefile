@@ -7,7 +7,7 @@ LINT     = $(GO) tool -modfile=tools/go.mod golangci-lint
 FUZZTIME ?= 30s
 comma := ,
 
-.PHONY: all build demo test deps generate check-generate lint unit fuzz bench bench-tracking bench-tracking-vm bench-incremental truth campaign vmtest vmtest-files matrix model clean help
+.PHONY: all build demo test deps generate check-generate lint unit fuzz bench bench-tracking bench-tracking-vm bench-incremental bench-scale truth campaign vmtest vmtest-files matrix model clean help
 
 all: build
 
@@ -71,6 +71,11 @@ bench-incremental: build ## an incremental beside restic, borg and a full compar
 	test/deps.sh run bench
 	$(GO) build -o bin/incrbench ./test/bench/incrbench
 	bin/incrbench -tidemark bin/tidemark $(if $(BENCHDIR),-dir $(BENCHDIR)) $(BENCHFLAGS)
+
+bench-scale: build ## 1,000 points of a disk of 16 TiB: requests, metadata, memory (BENCHFLAGS=)
+	mkdir -p bin
+	$(GO) build -o bin/scalebench ./test/bench/scalebench
+	bin/scalebench -tidemark bin/tidemark $(BENCHFLAGS)
 
 truth: ## the truth test for longer: EPOCHS swaps (default 5000)
 	TIDEMARK_TRUTH_EPOCHS=$${EPOCHS:-5000} $(GO) test -count 1 -timeout 2h -v -run 'TestTruth$$' ./cbt
