@@ -52,15 +52,15 @@ func main() {
 	flag.IntVar(&o.point, "point", 0, "internal: which point")
 	flag.Parse()
 	o.Size = *tib << 40
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	if err := run(ctx, o); err != nil {
+	if err := run(o); err != nil {
 		fmt.Fprintln(os.Stderr, "scalebench:", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, o options) error {
+func run(o options) error {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
 	switch o.phase {
 	case "full", "incremental":
 		r, err := writePoints(ctx, o)
@@ -95,7 +95,7 @@ type used struct {
 	cpu  time.Duration
 }
 
-// phase runs a part of the bench in a process of its own, so that its memory is its own.
+// runPhase runs a part of the bench in a process of its own, so that its memory is its own.
 func (o options) runPhase(ctx context.Context, name string, point int, result any) (used, error) {
 	self, err := os.Executable()
 	if err != nil {
