@@ -112,6 +112,7 @@ func mountOptions(catalog *restore.Catalog, o Options) *fs.Options {
 			MaxWrite:      requestSize,
 			MaxReadAhead:  requestSize,
 			MaxBackground: 64,
+			DisableSplice: true, // what we answer lies in memory: a pipe would be filled in vain
 			Logger:        log.New(io.Discard, "", 0),
 		},
 	}
