@@ -10,6 +10,7 @@ import (
 	"sync"
 	"testing"
 	"text/tabwriter"
+	"time"
 
 	"github.com/tidemark/tidemark/store/blob"
 )
@@ -293,4 +294,55 @@ func TestDamageWithinARangeIsTold(t *testing.T) {
 			t.Errorf("grain %d was read with a cancelled context", i)
 		}
 	})
+}
+
+// gatedStore holds reads back until so many are on their way.
+type gatedStore struct {
+	blob.Store
+	want int
+
+	mu       sync.Mutex
+	inside   int
+	most     int
+	released chan struct{}
+}
+
+func (g *gatedStore) ReadAt(ctx context.Context, name string, p []byte, off int64) (int, error) {
+	g.mu.Lock()
+	g.inside++
+	g.most = max(g.most, g.inside)
+	if g.inside == g.want {
+		close(g.released)
+	}
+	g.mu.Unlock()
+	select {
+	case <-g.released:
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	}
+	n, err := g.Store.ReadAt(ctx, name, p, off)
+	g.mu.Lock()
+	g.inside--
+	g.mu.Unlock()
+	return n, err
+}
+
+func TestSeveralRequestsAreOnTheirWay(t *testing.T) {
+	r, _, refs := gapRepo(t, 2000)
+	g := &gatedStore{Store: r.blobs, want: maxRequests, released: make(chan struct{})}
+	r.blobs = g
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	some, dst := make([]Ref, 0, 50), make([][]byte, 0, 50)
+	for i := 0; i < len(refs); i += 40 { // too far apart to be read at once
+		some, dst = append(some, refs[i]), append(dst, make([]byte, 4096))
+	}
+	r.ReadGrains(ctx, some, dst, func(i int, err error) {
+		if err != nil {
+			t.Errorf("grain %d: %v", i, err)
+		}
+	})
+	if g.most != maxRequests {
+		t.Errorf("at most %d requests were on their way, want %d", g.most, maxRequests)
+	}
 }
