@@ -96,9 +96,9 @@ func (u *upload) create(ctx context.Context, size int64, try func(context.Contex
 	switch {
 	case mine:
 		return nil
-	case errors.Is(err, errTaken) && herr == nil:
+	case herr == nil:
 		return fmt.Errorf("%w (%w)", blob.ErrExists, err)
-	case herr != nil && !errors.Is(herr, blob.ErrNotFound):
+	case !errors.Is(herr, blob.ErrNotFound):
 		return fmt.Errorf("%w; whether it was created is not known: %w", err, herr)
 	case errors.Is(err, blob.ErrNotFound): // the multipart upload, not the object
 		return errors.New(err.Error())

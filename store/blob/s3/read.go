@@ -60,26 +60,40 @@ func (s *Store) readAt(ctx context.Context, name string, p []byte, off int64) (i
 		_, err := s.head(ctx, r.key)
 		return 0, err
 	}
-	// What was read stays read: an attempt goes on where the one before it ended.
+	// What was read stays read, and who gets on is not out of patience.
 	done := 0
-	err = s.retry(ctx, int64(len(p)), func(ctx context.Context) error {
-		if err := r.request(ctx); err != nil {
-			return err
-		}
-		defer r.drop()
-		for done < len(p) && !r.atEnd() {
-			n, err := r.fetch(p[done:])
-			done += n
-			if err != nil {
-				return err
+	for done < len(p) && !r.atEnd() {
+		err := r.s.retry(ctx, int64(len(p)-done), func(ctx context.Context) error {
+			n, err := r.some(ctx, p[done:])
+			if done += n; n > 0 {
+				return nil
 			}
+			return err
+		})
+		if err != nil {
+			return done, err
 		}
-		return nil
-	})
-	if err == nil && done < len(p) {
-		err = io.EOF
 	}
-	return done, err
+	if done < len(p) {
+		return done, io.EOF
+	}
+	return done, nil
+}
+
+// some sends one request and reads what it gets of p.
+func (r *reader) some(ctx context.Context, p []byte) (done int, err error) {
+	if err := r.request(ctx); err != nil {
+		return 0, err
+	}
+	defer r.drop()
+	for done < len(p) && !r.atEnd() {
+		n, err := r.fetch(p[done:])
+		done += n
+		if err != nil {
+			return done, err
+		}
+	}
+	return done, nil
 }
 
 // Get implements [blob.Store]. The reader resumes after failures that may pass,

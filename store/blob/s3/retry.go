@@ -13,6 +13,7 @@ import (
 
 	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
 	"github.com/aws/smithy-go"
+	smithyhttp "github.com/aws/smithy-go/transport/http"
 
 	"github.com/tidemark/tidemark/store/blob"
 )
@@ -33,7 +34,7 @@ var errTaken = errors.New("the key exists")
 // Each call may take the Store's timeout and the time for size bytes.
 func (s *Store) retry(ctx context.Context, size int64, try func(ctx context.Context) error) error {
 	began := time.Now()
-	pause := firstPause
+	pause := s.pause
 	for n := 1; ; n++ {
 		limited, cancel := context.WithTimeout(ctx, s.timeout+time.Duration(size/slowestTransfer)*time.Second)
 		err := try(limited)
@@ -151,12 +152,20 @@ func plain(err error) error {
 			return errors.New(describe(err))
 		}
 	}
+	var unsent *smithyhttp.RequestSendError
+	if errors.As(err, &unsent) {
+		return unsent.Err
+	}
 	return err
 }
 
 func describe(err error) string {
 	var ae smithy.APIError
-	if !errors.As(err, &ae) {
+	var unsent *smithyhttp.RequestSendError
+	switch {
+	case errors.As(err, &unsent):
+		return unsent.Err.Error()
+	case !errors.As(err, &ae):
 		return err.Error()
 	}
 	return fmt.Sprintf("HTTP %d %s: %s", status(err), ae.ErrorCode(), ae.ErrorMessage())

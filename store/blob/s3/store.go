@@ -15,6 +15,7 @@ import (
 	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
 	"github.com/aws/aws-sdk-go-v2/config"
 	"github.com/aws/aws-sdk-go-v2/service/s3"
+	"github.com/aws/smithy-go/logging"
 
 	"github.com/tidemark/tidemark/store/blob"
 )
@@ -60,7 +61,8 @@ type Store struct {
 	partSize int64
 	retryFor time.Duration
 	timeout  time.Duration
-	reached  atomic.Bool // the server has answered
+	pause    time.Duration // before the first retry
+	reached  atomic.Bool   // the server has answered
 	idle     func()
 }
 
@@ -87,6 +89,7 @@ func Open(ctx context.Context, l Location, o Options) (*Store, error) {
 		// their own, and what is read is checked against its hash by package store.
 		so.RequestChecksumCalculation = aws.RequestChecksumCalculationWhenRequired
 		so.ResponseChecksumValidation = aws.ResponseChecksumValidationWhenRequired
+		so.Logger = logging.Nop{} // what matters is in errors
 		so.DisableLogOutputChecksumValidationSkipped = true
 		if l.Endpoint != "" {
 			so.BaseEndpoint = aws.String(l.Endpoint)
@@ -95,7 +98,7 @@ func Open(ctx context.Context, l Location, o Options) (*Store, error) {
 	})
 	s := &Store{
 		client: client, where: l,
-		partSize: defaultPartSize, retryFor: defaultRetryFor, timeout: defaultTimeout,
+		partSize: defaultPartSize, retryFor: defaultRetryFor, timeout: defaultTimeout, pause: firstPause,
 	}
 	if o.PartSize != 0 {
 		s.partSize = o.PartSize

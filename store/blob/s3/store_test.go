@@ -25,6 +25,7 @@ func open(t testing.TB, srv *s3test.Server, o s3.Options) *s3.Store {
 	if err != nil {
 		t.Fatal(err)
 	}
+	s3.RetrySoon(s)
 	return s
 }
 
