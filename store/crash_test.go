@@ -1,35 +1,24 @@
 package store
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"strconv"
-	"strings"
-	"syscall"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/tidemark/tidemark/store/blob"
+	"github.com/tidemark/tidemark/store/blob/faultblob"
+	"github.com/tidemark/tidemark/store/blob/s3/s3test"
 )
 
-// crashEnv makes the test binary a child that backs up until it is killed:
-// "REPO OP PHASE", where OP is the number of the Put to die in (0: never).
-const crashEnv = "TIDEMARK_TEST_CRASH"
-
 func TestMain(m *testing.M) {
-	if job := os.Getenv(crashEnv); job != "" {
-		if err := crashChild(context.Background(), job); err != nil {
-			fmt.Println("error:", err)
-			os.Exit(1)
-		}
-		os.Exit(0)
-	}
+	faultblob.Main(map[string]faultblob.Job{"backup": crashJob})
 	_ = flag.Set("rapid.checks", "25") // the command line still wins
 	os.Exit(m.Run())
 }
@@ -61,37 +50,31 @@ func crashPut(n int, put func(off int64, p []byte)) {
 	}
 }
 
-// crashChild makes point after point and says so when each is committed.
-func crashChild(ctx context.Context, job string) error {
-	var op int
-	var phase, location string
-	if _, err := fmt.Sscan(job, &location, &op, &phase); err != nil {
+// crashJob makes point after point and says so when each is committed.
+func crashJob(ctx context.Context, l *faultblob.Layer, say func(string), args []string) error {
+	p, err := parseLocation(args[0])
+	if err != nil {
 		return err
 	}
-	r, err := Open(ctx, location)
+	b, err := p.open(ctx)
+	if err != nil {
+		return err
+	}
+	if d, ok := b.(*blob.Dir); ok {
+		l.Watch(d)
+	}
+	r, err := openOn(ctx, l.Over(b), args[0])
 	if err != nil {
 		return err
 	}
 	r.dataPackLen, r.nodePackLen = 32<<10, 2<<10
-	f := over(r)
-	die := func(n int, when string) {
-		if n == op && when == phase {
-			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
-			select {}
-		}
-	}
-	f.before = func(n int, _ string) error { die(n, "before"); return nil }
-	f.middle = func(n int) { die(n, "middle") }
-	f.after = func(n int) { die(n, "after") }
-
 	for range 2 {
 		p, err := crashBackup(ctx, r)
 		if err != nil {
 			return err
 		}
-		fmt.Println("ack", p.Disks[0].ChangeID, p.ID)
+		say(p.Disks[0].ChangeID + " " + p.ID)
 	}
-	fmt.Println("end", f.n)
 	return nil
 }
 
@@ -122,53 +105,17 @@ func crashBackup(ctx context.Context, r *Repo) (*Point, error) {
 	return w.Commit(ctx, p)
 }
 
-// runChild starts a child and returns the IDs it acknowledged, by number, and
-// how many Puts it did if it came to its end. If killAfter is not 0 it is killed
-// then.
-func runChild(t *testing.T, job string, killAfter time.Duration) (acks map[int]string, puts int) {
+// acked adds what a child said to the IDs that were acknowledged, by number.
+func acked(t *testing.T, acks map[int]string, o faultblob.Outcome) {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), os.Args[0])
-	cmd.Env = append(os.Environ(), crashEnv+"="+job)
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if killAfter > 0 {
-		timer := time.AfterFunc(killAfter, func() { _ = cmd.Process.Kill() })
-		defer timer.Stop()
-	}
-	acks = map[int]string{}
-	lines := bufio.NewScanner(out)
-	for lines.Scan() {
+	for _, line := range o.Said {
 		var n int
 		var id string
-		switch line := lines.Text(); {
-		case strings.HasPrefix(line, "ack "):
-			if _, err := fmt.Sscanf(line, "ack %d %s", &n, &id); err != nil {
-				t.Fatal(err)
-			}
-			acks[n] = id
-		case strings.HasPrefix(line, "end "):
-			if _, err := fmt.Sscanf(line, "end %d", &puts); err != nil {
-				t.Fatal(err)
-			}
-		default:
-			t.Errorf("child: %s", line)
+		if _, err := fmt.Sscan(line, &n, &id); err != nil {
+			t.Fatal(err)
 		}
+		acks[n] = id
 	}
-	_, _ = io.Copy(io.Discard, out)
-	if err := cmd.Wait(); err != nil {
-		var exit *exec.ExitError
-		if !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
-			t.Fatalf("child: %v\n%s", err, stderr.String())
-		}
-	}
-	return acks, puts
 }
 
 // checkAfterCrash opens the repository as any reader would. Every acknowledged
@@ -207,50 +154,81 @@ func checkAfterCrash(t *testing.T, location string, acks map[int]string) {
 	}
 }
 
-func TestKilledInEveryPut(t *testing.T) {
-	t.Parallel()
-	dry := initAt(t)
-	acks, puts := runChild(t, dry+" 0 never", 0)
-	if len(acks) != 2 || puts < 10 {
-		t.Fatalf("dry run: %d points, %d puts", len(acks), puts)
+// killShards is how many children run at once.
+const killShards = 3
+
+// killedEverywhere kills a child that makes two points at every moment at which it changes what is
+// stored, each time in a new repository.
+func killedEverywhere(t *testing.T, init func(t *testing.T) (location string)) {
+	dry := init(t)
+	acks := map[int]string{}
+	o := faultblob.Run(t, 0, "backup", dry)
+	acked(t, acks, o)
+	if len(acks) != 2 || o.Moments < 30 {
+		t.Fatalf("dry run: %d points, %d moments", len(acks), o.Moments)
 	}
 	checkAfterCrash(t, dry, acks)
-	t.Logf("%d puts", puts)
-	for _, phase := range []string{"before", "middle", "after"} {
-		t.Run(phase, func(t *testing.T) {
+	t.Logf("%d moments", o.Moments)
+	for shard := range int64(killShards) {
+		t.Run(fmt.Sprint(shard), func(t *testing.T) {
 			t.Parallel()
-			for op := 1; op <= puts; op++ {
-				location := initAt(t)
-				acks, end := runChild(t, fmt.Sprintf("%s %d %s", location, op, phase), 0)
-				if end != 0 {
-					t.Fatalf("the child was not killed %s put %d", phase, op)
+			survived := 0
+			for at := 1 + shard; at <= o.Moments; at += killShards {
+				location := init(t)
+				acks := map[int]string{}
+				o := faultblob.Run(t, at, "backup", location)
+				acked(t, acks, o)
+				if o.Killed == "" {
+					survived++ // uploads race: there may be fewer moments this time
 				}
 				checkAfterCrash(t, location, acks)
-				if op%4 == 0 { // the next run goes on where that one died
-					more, _ := runChild(t, location+" 0 never", 0)
-					for n, id := range more {
-						acks[n] = id
-					}
+				if at%4 == 0 { // the next run goes on where that one died
+					acked(t, acks, faultblob.Run(t, 0, "backup", location))
 					checkAfterCrash(t, location, acks)
 				}
 				if t.Failed() {
-					t.Fatalf("killed %s put %d", phase, op)
+					t.Fatalf("killed at %s", o.Killed)
 				}
+			}
+			if survived > 2 {
+				t.Errorf("%d children were not killed", survived)
 			}
 		})
 	}
+}
+
+func TestKilledAtEveryMoment(t *testing.T) {
+	t.Parallel()
+	killedEverywhere(t, initAt)
+}
+
+func TestKilledAtEveryMomentOnS3(t *testing.T) {
+	srv := s3test.Start(t)
+	var n atomic.Int64
+	killedEverywhere(t, func(t *testing.T) string {
+		return initOnServer(t, srv, fmt.Sprintf("r%d", n.Add(1)))
+	})
+}
+
+func initOnServer(t *testing.T, srv *s3test.Server, name string) string {
+	t.Helper()
+	r, err := Init(t.Context(), "s3:"+srv.Endpoint+"/"+s3test.Bucket+"/"+name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = r.Close() }()
+	return r.Location()
 }
 
 func TestKilledAtRandomMoments(t *testing.T) {
 	t.Parallel()
 	location := initAt(t)
 	all := map[int]string{}
-	rnd := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 0))
+	began := time.Now()
+	acked(t, all, faultblob.Run(t, 0, "backup", location))
+	whole := time.Since(began) // so long a run takes here, now
 	for i := range 12 {
-		acks, _ := runChild(t, location+" 0 never", time.Duration(5+rnd.IntN(120))*time.Millisecond)
-		for n, id := range acks {
-			all[n] = id
-		}
+		acked(t, all, faultblob.RunFor(t, whole/20+rand.N(whole), "backup", location))
 		if i%3 == 2 {
 			checkAfterCrash(t, location, all)
 		}

@@ -1,41 +1,66 @@
 package store
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
 
 	"github.com/tidemark/tidemark/store/blob"
+	"github.com/tidemark/tidemark/store/blob/s3"
 )
 
-// splitLocation tells the kind of a location from its path: "/path" and
-// "dir:/path" are local folders, "s3:..." will be object storage.
-func splitLocation(location string) (path string, err error) {
+// site is where a repository lies: in a folder, or in a bucket.
+type site struct {
+	dir string // "" if it is a bucket
+	s3  s3.Location
+}
+
+// parseLocation tells the kind of a location: "/path" and "dir:/path" are local
+// folders, "s3:..." is object storage.
+func parseLocation(location string) (site, error) {
 	scheme, rest, ok := strings.Cut(location, ":")
 	switch {
 	case location == "" || ok && rest == "":
-		return "", fmt.Errorf("%w: empty repository location", ErrInvalid)
+		return site{}, fmt.Errorf("%w: empty repository location", ErrInvalid)
 	case !ok || strings.Contains(scheme, "/"):
-		return location, nil
+		return site{dir: location}, nil
 	case scheme == "dir":
-		return rest, nil
+		return site{dir: rest}, nil
 	case scheme == "s3":
-		return "", fmt.Errorf("repository %s: s3 is not supported yet: %w", location, errors.ErrUnsupported)
+		l, err := s3.Parse(rest)
+		if err != nil {
+			return site{}, fmt.Errorf("%w: %w", ErrInvalid, err)
+		}
+		return site{s3: l}, nil
 	}
-	return "", fmt.Errorf("%w: repository %s: unknown kind %q (a folder of that name: dir:%s)", ErrInvalid, location, scheme, location)
+	return site{}, fmt.Errorf("%w: unknown kind %q (a folder of that name: dir:%s)", ErrInvalid, scheme, location)
 }
 
-func openBlobs(location string) (blob.Store, error) {
-	path, err := splitLocation(location)
-	if err != nil {
-		return nil, err
+// create opens the place of a new repository. A folder is made, a bucket is not:
+// who makes it decides on versions and locks.
+func (p site) create(ctx context.Context) (blob.Store, error) {
+	if p.dir != "" {
+		return orNil(blob.CreateDir(p.dir))
 	}
-	d, err := blob.OpenDir(path)
+	return orNil(s3.Open(ctx, p.s3, s3.Options{}))
+}
+
+func (p site) open(ctx context.Context) (blob.Store, error) {
+	if p.dir == "" {
+		return orNil(s3.Open(ctx, p.s3, s3.Options{}))
+	}
+	d, err := blob.OpenDir(p.dir)
 	if errors.Is(err, blob.ErrNotFound) {
 		return nil, fmt.Errorf("%w: the folder does not exist", ErrNotRepository)
 	}
+	return orNil(d, err)
+}
+
+// orNil keeps a nil pointer from becoming a Store that is not nil.
+func orNil[S blob.Store](s S, err error) (blob.Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	return d, nil
+	return s, nil
 }

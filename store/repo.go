@@ -31,14 +31,15 @@ const (
 )
 
 // Init makes a new repository and opens it. A location is a folder, "/path" or
-// "dir:/path", which is made if it is missing and must be empty. The error wraps
-// ErrExists if a repository or anything else is there.
+// "dir:/path", which is made if it is missing and must be empty; or a bucket with a prefix,
+// "s3:bucket/prefix" or "s3:https://host/bucket/prefix" (see [s3.Parse]): the bucket must exist, nothing must
+// lie below the prefix. The error wraps ErrExists if a repository or anything else is there.
 func Init(ctx context.Context, location string) (*Repo, error) {
-	path, err := splitLocation(location)
+	p, err := parseLocation(location)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("init %s: %w", location, err)
 	}
-	b, err := blob.CreateDir(path)
+	b, err := p.create(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("init %s: %w", location, err)
 	}
@@ -71,6 +72,14 @@ func initOn(ctx context.Context, b blob.Store, location string) (*Repo, error) {
 	if err := b.Put(ctx, configName, bytes.NewReader(doc), int64(len(doc))); err != nil {
 		return nil, err
 	}
+	// Once more, the same bytes: that a name which is taken stays as it is must be seen, since
+	// not all storage that takes the condition heeds it.
+	if err := b.Put(ctx, configName, bytes.NewReader(doc), int64(len(doc))); !errors.Is(err, blob.ErrExists) {
+		if err == nil {
+			err = errors.New("the storage replaces objects that exist although it was told not to (If-None-Match): no repository can be kept there")
+		}
+		return nil, err
+	}
 	return openOn(ctx, b, location)
 }
 
@@ -78,7 +87,11 @@ func initOn(ctx context.Context, b blob.Store, location string) (*Repo, error) {
 // ErrVersion if it was made by a newer program, ErrCorrupt if its config is
 // damaged.
 func Open(ctx context.Context, location string) (*Repo, error) {
-	b, err := openBlobs(location)
+	p, err := parseLocation(location)
+	if err != nil {
+		return nil, openError(location, err)
+	}
+	b, err := p.open(ctx)
 	if err != nil {
 		return nil, openError(location, err)
 	}

@@ -54,14 +54,13 @@ func TestOpenWhatIsNoRepository(t *testing.T) {
 	}
 }
 
-func TestLocationsNotSupported(t *testing.T) {
-	for _, loc := range []string{"s3:bucket/x", "s3://host/bucket", "", "dir:", "ftp:x"} {
-		_, err := Open(t.Context(), loc)
-		if err == nil {
-			t.Errorf("Open(%q) succeeded", loc)
+func TestInvalidLocations(t *testing.T) {
+	for _, loc := range []string{"s3:", "s3://host/bucket", "s3:https://host", "", "dir:", "ftp:x"} {
+		if _, err := Open(t.Context(), loc); !errors.Is(err, ErrInvalid) {
+			t.Errorf("Open(%q): %v", loc, err)
 		}
-		if _, initErr := Init(t.Context(), loc); initErr == nil || errors.Is(err, errors.ErrUnsupported) != strings.HasPrefix(loc, "s3:") {
-			t.Errorf("%q: %v, %v", loc, err, initErr)
+		if _, err := Init(t.Context(), loc); !errors.Is(err, ErrInvalid) {
+			t.Errorf("Init(%q): %v", loc, err)
 		}
 	}
 }

@@ -29,6 +29,7 @@ type Writer struct {
 	data, nodes *packWriter
 	session     *session
 	unlock      func() error
+	locked      bool // by a lock: no other backup of the VM runs
 
 	use sync.RWMutex // held shared by writes, exclusively by Commit and Abort
 
@@ -39,7 +40,8 @@ type Writer struct {
 }
 
 // Begin starts a backup of vm and takes the VM's lock if the backend has locks;
-// the error wraps ErrLocked if it is held. The newest readable point becomes the
+// the error wraps ErrLocked if it is held. Where there are no locks (S3), Commit's error does if another
+// backup of vm was committed since. The newest readable point becomes the
 // parent. The caller ends the Writer with Commit or Abort.
 func (r *Repo) Begin(ctx context.Context, vm string) (_ *Writer, err error) {
 	if err := ValidVM(vm); err != nil {
@@ -53,6 +55,7 @@ func (r *Repo) Begin(ctx context.Context, vm string) (_ *Writer, err error) {
 		if w.unlock, err = l.Lock(ctx, "vm-"+vm); err != nil {
 			return nil, fmt.Errorf("backup of %s: %w", vm, err)
 		}
+		w.locked = true
 	}
 	if err := w.findParent(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("backup of %s: %w", vm, err), w.unlock())
@@ -166,6 +169,9 @@ func (w *Writer) commit(ctx context.Context, p Point) (*Point, error) {
 		return nil, err
 	}
 	p.ID = id
+	if err := w.rival(ctx); err != nil {
+		return nil, err
+	}
 	name := p.Name().object()
 	if err := w.repo.blobs.Put(ctx, name, bytes.NewReader(doc), int64(len(doc))); err != nil {
 		return nil, err

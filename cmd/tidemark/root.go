@@ -40,7 +40,7 @@ mounted, exported over NBD and booted at once.`,
 		return usageError{fmt.Errorf("%w\n  see `%s --help`", err, c.CommandPath())}
 	})
 	f := root.PersistentFlags()
-	f.StringVarP(&g.repo, "repo", "r", os.Getenv("TIDEMARK_REPO"), "repository: a directory (default $TIDEMARK_REPO)")
+	f.StringVarP(&g.repo, "repo", "r", os.Getenv("TIDEMARK_REPO"), "repository: a directory, or s3:BUCKET/PREFIX or s3:https://HOST/BUCKET/PREFIX (default $TIDEMARK_REPO)")
 	f.BoolVar(&g.json, "json", false, "print JSON")
 	f.BoolVarP(&g.quiet, "quiet", "q", false, "print errors only")
 	f.StringVar(&g.pins, "pin-dir", "", "directory in bpffs where the tracker is pinned")

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -14,6 +15,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/tidemark/tidemark/bpf"
+	"github.com/tidemark/tidemark/store/blob/s3/s3test"
 )
 
 func TestMain(m *testing.M) {
@@ -23,6 +25,7 @@ func TestMain(m *testing.M) {
 // Each file in testdata/script shows one behaviour of the command line. Conditions:
 // [root] BPF programs and loop devices can be used, [fuse] FUSE too, [filehooks] this kernel
 // can track image files. "hold FILE" opens a file for writing until "release FILE".
+// [s3] there is an S3 server, and "s3 VAR" starts it and puts a repository's location in $VAR.
 // "relayout VERSION" makes the pinned tracker one of another map layout. "loop VAR SIZE" attaches a loop device and puts its path in $VAR.
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
@@ -34,6 +37,9 @@ func TestScripts(t *testing.T) {
 				return os.Geteuid() == 0, nil
 			case "filehooks":
 				return bpf.CanTrackFiles("ext4") == nil, nil
+			case "s3":
+				_, err := s3test.Find()
+				return err == nil, nil
 			case "fuse":
 				_, err := os.Stat("/dev/fuse")
 				return err == nil && os.Geteuid() == 0, nil
@@ -44,7 +50,7 @@ func TestScripts(t *testing.T) {
 			e.Setenv("PINS", fmt.Sprintf("/sys/fs/bpf/tidemark-script-%d-%s", os.Getpid(), filepath.Base(e.WorkDir)))
 			return nil
 		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"loop": loop, "write": write, "forge": forge, "hold": hold, "release": release, "relayout": relayout},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"loop": loop, "s3": s3Server, "write": write, "forge": forge, "hold": hold, "release": release, "relayout": relayout},
 	})
 }
 
@@ -73,6 +79,22 @@ func loop(ts *testscript.TestScript, neg bool, args []string) {
 		}
 		_ = os.RemoveAll(pins)
 	})
+}
+
+// s3 VAR
+func s3Server(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: s3 VAR")
+	}
+	program, err := s3test.Find()
+	ts.Check(err)
+	srv, stop, err := s3test.Run(context.Background(), program, ts.MkAbs("s3-"+args[0]))
+	ts.Check(err)
+	ts.Defer(stop)
+	for name, value := range s3test.Env() {
+		ts.Setenv(name, value)
+	}
+	ts.Setenv(args[0], "s3:"+srv.Endpoint+"/"+s3test.Bucket+"/repo")
 }
 
 // write FILE TEXT writes TEXT to the beginning of a file or device.

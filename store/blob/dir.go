@@ -26,6 +26,8 @@ type Dir struct {
 	mu      sync.Mutex
 	durable map[string]struct{} // folders whose entry in their parent was synced; grows with the number of folders
 	named   bool                // O_TMPFILE is not supported here
+
+	watch func(Step) error // nil outside tests
 }
 
 var (
@@ -131,7 +133,10 @@ func (d *Dir) Put(ctx context.Context, name string, r io.Reader, size int64) (er
 	}
 	defer t.discard()
 
-	if err := copyExactly(ctx, t.f, r, size); err != nil {
+	if err := copyExactly(ctx, steppedWriter{d, t.f.Name(), t.f}, r, size); err != nil {
+		return err
+	}
+	if err := d.step(StepSync, t.f.Name()); err != nil {
 		return err
 	}
 	if err := t.f.Sync(); err != nil {
@@ -143,9 +148,9 @@ func (d *Dir) Put(ctx context.Context, name string, r io.Reader, size int64) (er
 	if err := t.link(to); err != nil {
 		return sentinel(err)
 	}
-	if err := syncFolder(folder); err != nil {
+	if err := d.syncFolder(folder); err != nil {
 		// Not durable, so it must not be seen as if it were.
-		return errors.Join(err, os.Remove(to))
+		return errors.Join(err, d.step(StepUnlink, to), os.Remove(to))
 	}
 	return nil
 }
@@ -153,9 +158,8 @@ func (d *Dir) Put(ctx context.Context, name string, r io.Reader, size int64) (er
 // copyExactly copies size bytes and makes sure that r ends there.
 func copyExactly(ctx context.Context, w io.Writer, r io.Reader, size int64) error {
 	r = &ctxReader{ctx, r}
-	// Hide the file's ReadFrom, which would copy all at once, deaf to ctx.
 	buf := make([]byte, max(1, min(size, 256<<10)))
-	n, err := io.CopyBuffer(struct{ io.Writer }{w}, io.LimitReader(r, size), buf)
+	n, err := io.CopyBuffer(w, io.LimitReader(r, size), buf)
 	if err != nil {
 		return err
 	}
@@ -202,10 +206,13 @@ func (d *Dir) makeFolder(folder string) error {
 	if err := d.makeFolder(parent); err != nil {
 		return err
 	}
+	if err := d.step(StepMkdir, folder); err != nil {
+		return err
+	}
 	if err := os.Mkdir(folder, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	if err := syncFolder(parent); err != nil {
+	if err := d.syncFolder(parent); err != nil {
 		return err
 	}
 	d.mu.Lock()
@@ -214,7 +221,10 @@ func (d *Dir) makeFolder(folder string) error {
 	return nil
 }
 
-func syncFolder(folder string) error {
+func (d *Dir) syncFolder(folder string) error {
+	if err := d.step(StepSyncDir, folder); err != nil {
+		return err
+	}
 	f, err := os.Open(folder)
 	if err != nil {
 		return err
@@ -356,6 +366,9 @@ func (d *Dir) Delete(ctx context.Context, name string) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	if err := d.step(StepUnlink, p); err != nil {
+		return fmt.Errorf("delete %s: %w", name, err)
+	}
 	// unlink, not os.Remove: that would also take an empty folder.
 	if err := unix.Unlink(p); err != nil {
 		if errors.Is(err, unix.EISDIR) {
@@ -363,7 +376,7 @@ func (d *Dir) Delete(ctx context.Context, name string) error {
 		}
 		return fmt.Errorf("delete %s: %w", name, sentinel(err))
 	}
-	if err := syncFolder(filepath.Dir(p)); err != nil {
+	if err := d.syncFolder(filepath.Dir(p)); err != nil {
 		return fmt.Errorf("delete %s: %w", name, err)
 	}
 	return nil

@@ -12,12 +12,16 @@ import (
 
 // tempFile is a file on its way to become an object.
 type tempFile struct {
+	d    *Dir
 	f    *os.File
 	name string // "" if the file has none (O_TMPFILE)
 }
 
 // newTemp makes a file in folder that no listing shows.
 func (d *Dir) newTemp(folder string) (*tempFile, error) {
+	if err := d.step(StepCreate, folder); err != nil {
+		return nil, err
+	}
 	d.mu.Lock()
 	named := d.named
 	d.mu.Unlock()
@@ -27,7 +31,7 @@ func (d *Dir) newTemp(folder string) (*tempFile, error) {
 			return unix.Open(folder, unix.O_TMPFILE|unix.O_WRONLY|unix.O_CLOEXEC, 0o600)
 		})
 		if err == nil {
-			return &tempFile{f: os.NewFile(uintptr(fd), filepath.Join(folder, "(unnamed)"))}, nil
+			return &tempFile{d: d, f: os.NewFile(uintptr(fd), filepath.Join(folder, "(unnamed)"))}, nil
 		}
 		// EISDIR: a kernel or file system that does not know the flag.
 		if !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EISDIR) && !errors.Is(err, unix.EINVAL) {
@@ -43,11 +47,14 @@ func (d *Dir) newTemp(folder string) (*tempFile, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &tempFile{f: f, name: name}, nil
+	return &tempFile{d: d, f: f, name: name}, nil
 }
 
 // link gives the file its name, or fails with EEXIST.
 func (t *tempFile) link(to string) error {
+	if err := t.d.step(StepLink, to); err != nil {
+		return err
+	}
 	if t.name == "" {
 		// AT_EMPTY_PATH would need CAP_DAC_READ_SEARCH; /proc does not.
 		from := fmt.Sprintf("/proc/self/fd/%d", t.f.Fd())
@@ -60,6 +67,9 @@ func (t *tempFile) link(to string) error {
 	err := os.Link(t.name, to)
 	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EOPNOTSUPP) {
 		// A file system without hard links.
+		if err := t.d.step(StepRename, to); err != nil {
+			return err
+		}
 		if err = unix.Renameat2(unix.AT_FDCWD, t.name, unix.AT_FDCWD, to, unix.RENAME_NOREPLACE); err != nil {
 			return &os.LinkError{Op: "renameat2", Old: t.name, New: to, Err: err}
 		}
