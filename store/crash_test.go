@@ -23,6 +23,7 @@ import (
 const crashEnv = "TIDEMARK_TEST_CRASH"
 
 func TestMain(m *testing.M) {
+	argon2Cost = argon2Params{Time: 1, Memory: 8, Threads: 1}
 	if job := os.Getenv(crashEnv); job != "" {
 		if err := crashChild(context.Background(), job); err != nil {
 			fmt.Println("error:", err)
@@ -68,7 +69,7 @@ func crashChild(ctx context.Context, job string) error {
 	if _, err := fmt.Sscan(job, &location, &op, &phase); err != nil {
 		return err
 	}
-	r, err := Open(ctx, location)
+	r, err := testOpen(ctx, location)
 	if err != nil {
 		return err
 	}
@@ -175,7 +176,7 @@ func runChild(t *testing.T, job string, killAfter time.Duration) (acks map[int]s
 // point must be there, and every point that is there must be whole and right.
 func checkAfterCrash(t *testing.T, location string, acks map[int]string) {
 	t.Helper()
-	r, err := Open(t.Context(), location)
+	r, err := testOpen(t.Context(), location)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -260,7 +261,7 @@ func TestKilledAtRandomMoments(t *testing.T) {
 
 func initAt(t *testing.T) string {
 	t.Helper()
-	r, err := Init(t.Context(), t.TempDir())
+	r, err := testInit(t.Context(), t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
