@@ -21,6 +21,7 @@ const (
 	exitCorrupt     = 5   // damage was found
 	exitUnrecorded  = 6   // an audit found a change that was not recorded
 	exitNoAudit     = 7   // there is nothing an audit could compare with
+	exitKey         = 8   // no key, or one that may not do this
 	exitInterrupted = 130 // by a signal
 )
 
@@ -45,6 +46,8 @@ func exitCode(ctx context.Context, err error) int {
 		return exitUnsupported
 	case errors.Is(err, bpf.ErrBusy), errors.Is(err, store.ErrLocked):
 		return exitBusy
+	case errors.Is(err, store.ErrKey), errors.Is(err, store.ErrWriterKey):
+		return exitKey
 	case errors.Is(err, store.ErrCorrupt), errors.Is(err, errProblems):
 		return exitCorrupt
 	case ctx.Err() != nil && errors.Is(err, context.Canceled):
@@ -72,6 +75,8 @@ func message(err error) string {
 		{bpf.ErrBusy, "wait for the backup that is running, or see `tidemark status`"},
 		{store.ErrLocked, "wait for the backup of this VM that is running"},
 		{store.ErrNotRepository, "`tidemark init -r REPO` makes one"},
+		{store.ErrWriterKey, "this needs a full key: see --key-file and --passphrase-file. A writer's key can make backups, list points and `verify --quick`"},
+		{store.ErrKey, "give the passphrase ($TIDEMARK_PASSPHRASE, --passphrase-file) or a key file (--key-file); `tidemark repo key list` shows which keys there are"},
 		{agent.ErrPauseBudget, "give more with --pause-budget, or run it when the guest writes less"},
 		{agent.ErrInUse, "name what can pause it with --quiesce qmp=SOCKET, freeze=DIR or pid=PID; or accept a point that shows no single instant with --allow-inconsistent"},
 	}
