@@ -64,7 +64,9 @@ func FuzzPack(f *testing.F) {
 		f.Fatal(err)
 	}
 	b.add(z, len(raw), how, plainHasher.sum(raw))
-	f.Add(b.finish())
+	whole := b.finish()
+	f.Add(whole)
+	wantSeed(f, &oneObject{dir, whole}, repo, c, nil, id)
 	f.Fuzz(func(t *testing.T, p []byte) {
 		if n := len(p) - packFooterLen; n >= packHeaderLen {
 			if ft, err := parsePackFooter(p[n:], int64(len(p)), false); err == nil {
@@ -99,6 +101,17 @@ func FuzzPack(f *testing.F) {
 			}
 		}
 	})
+}
+
+// wantSeed makes sure that the fuzzer begins with something that is read.
+func wantSeed(f *testing.F, b blob.Store, repo [16]byte, c *codec, k *keyring, id PackID) {
+	r, err := newReader(b, repo, c, k)
+	if err != nil {
+		f.Fatal(err)
+	}
+	if _, err := r.index(f.Context(), id); err != nil {
+		f.Fatalf("the seed is not read: %v", err)
+	}
 }
 
 // FuzzRecord feeds hostile stored bytes to decompression.
@@ -139,6 +152,11 @@ type oneObject struct {
 
 func (o *oneObject) Stat(_ context.Context, name string) (blob.Info, error) {
 	return blob.Info{Name: name, Size: int64(len(o.p))}, nil
+}
+
+func (o *oneObject) ReadTail(_ context.Context, _ string, p []byte) (int, int64, error) {
+	n := copy(p, o.p[len(o.p)-min(len(p), len(o.p)):])
+	return n, int64(len(o.p)), nil
 }
 
 func (o *oneObject) ReadAt(_ context.Context, _ string, p []byte, off int64) (int, error) {

@@ -217,7 +217,7 @@ func (s *packSeal) open() (cipher.AEAD, error) {
 // scratches hold nonces and AADs, so that no record needs memory for them.
 var scratches = sync.Pool{New: func() any { return new([unsealScratch]byte) }}
 
-// unseal appends the record to dst, which may be stored[:0].
+// unseal appends the record to dst, which must not overlap stored.
 func (x *packIndex) unseal(dst, stored []byte, ord uint32, e *packEntry) ([]byte, error) {
 	c, err := x.seal.cipher()
 	if err != nil {

@@ -270,7 +270,7 @@ func (r *reader) buffer(n int) *[]byte {
 }
 
 // decode turns the stored bytes of a record into its content, checked against
-// ref. stored may be dst itself, and may be overwritten. After an error dst holds zeroes.
+// ref. stored may be dst itself. After an error dst holds zeroes.
 func (r *reader) decode(x *packIndex, ref Ref, e packEntry, stored, dst []byte) error {
 	err := r.decodeUnchecked(x, ref, e, stored, dst)
 	if err == nil && r.ids.sum(dst) != ref.Hash {
@@ -292,9 +292,12 @@ func (r *reader) decodeUnchecked(x *packIndex, ref Ref, e packEntry, stored, dst
 	}
 	how := e.codec & codecCompression
 	if x.seal != nil {
-		to := stored[:0]
-		if how == codecRaw {
-			to = dst[:0:len(dst)]
+		to := dst[:0:len(dst)]
+		if how != codecRaw {
+			// Not in its place: the same bytes may be wanted for another dst.
+			buf := r.buffer(len(stored))
+			defer r.bufs.Put(buf)
+			to = (*buf)[:0]
 		}
 		var err error
 		if stored, err = x.unseal(to, stored, ref.Ord, &e); err != nil {
