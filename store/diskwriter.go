@@ -142,7 +142,7 @@ func (d *DiskWriter) continueParent(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if !ref.IsZero() && d.w.repo.CanRead() != nil {
+	if !ref.IsZero() && !d.w.repo.readable() {
 		d.cutAt = last
 		return nil
 	}

@@ -85,7 +85,7 @@ func plainB(p []byte) []byte { h := blake3.Sum256(p); return h[:] }
 
 func keyedB(key, p []byte) []byte {
 	h := blake3.New(32, key)
-	h.Write(p)
+	_ = must(h.Write(p))
 	return h.Sum(nil)
 }
 

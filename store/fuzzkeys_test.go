@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"slices"
 	"testing"
 	"time"
 
@@ -160,7 +161,7 @@ func FuzzSealedIndex(f *testing.F) {
 		doc := bytes.Clone(b.finish())
 		at := recordsAt(kind) + 8 + sealLen
 		foot := doc[len(doc)-packFooterLen:]
-		index, err := k.newest().indexCipher([32]byte(foot[16:48])).Open(nil, zeroNonce[:], doc[at:len(doc)-packFooterLen], indexAAD(doc[:recordsAt(kind)], foot))
+		index, err := k.newest().indexKey([32]byte(foot[16:48])).open(nil, doc[at:len(doc)-packFooterLen], indexAAD(doc[:recordsAt(kind)], foot))
 		if err != nil {
 			f.Fatal(err)
 		}
@@ -187,8 +188,8 @@ func FuzzSealedIndex(f *testing.F) {
 		body = bytes.Clone(body)
 		copy(body[12:], []byte{1, 0, 0, 0}) // the generation that there is
 		head := body[:recordsAt(b.kind)]
-		doc := append(body, k.newest().indexCipher([32]byte(foot[16:48])).Seal(nil, zeroNonce[:], index, indexAAD(head, foot[:]))...)
-		doc = append(doc, foot[:]...)
+		sealed := k.newest().indexKey([32]byte(foot[16:48])).seal(nil, index, indexAAD(head, foot[:]))
+		doc := slices.Concat(body, sealed, foot[:])
 		r, err := newReader(&oneObject{dir, doc}, k.repo, c, k)
 		if err != nil {
 			t.Fatal(err)

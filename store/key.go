@@ -58,8 +58,8 @@ func (a *argon2Params) check() error {
 	return nil
 }
 
-func (a *argon2Params) key(p Passphrase) [32]byte {
-	return [32]byte(argon2.IDKey(p, a.Salt, a.Time, a.Memory, a.Threads, 32))
+func (a *argon2Params) key(p Passphrase) onceKey {
+	return onceKey(argon2.IDKey(p, a.Salt, a.Time, a.Memory, a.Threads, 32))
 }
 
 // secretAAD binds what a passphrase opens to the slot and its costs.
@@ -84,13 +84,13 @@ func (p Passphrase) newSlot(role Role, repo [16]byte, anchor key32) (slot, *open
 	cost := argon2Cost
 	cost.Salt = salt[:]
 	s.Kind, s.Argon2 = slotPassphrase, &cost
-	s.Secret = newGCM(cost.key(p)).Seal(nil, zeroNonce[:], append(seed[:], anchor[:]...), s.secretAAD(repo))
+	s.Secret = cost.key(p).seal(nil, slices.Concat(seed[:], anchor[:]), s.secretAAD(repo))
 	return s, &opener{private, anchor}, nil
 }
 
 // open tries p on a slot.
 func (p Passphrase) open(s *slot, repo [16]byte) (*opener, bool) {
-	plain, err := newGCM(s.Argon2.key(p)).Open(nil, zeroNonce[:], s.Secret, s.secretAAD(repo))
+	plain, err := s.Argon2.key(p).open(nil, s.Secret, s.secretAAD(repo))
 	if err != nil || len(plain) != 64 {
 		return nil, false
 	}

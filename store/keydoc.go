@@ -179,7 +179,7 @@ func (s *slot) seal(g *ring, d *keyDoc, repo [16]byte) error {
 	if err != nil {
 		return fmt.Errorf("seal keys to %s: %w", s.ID, err)
 	}
-	s.Ring = append(enc, sealed...)
+	s.Ring = slices.Concat(enc, sealed)
 	return nil
 }
 

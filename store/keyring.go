@@ -190,6 +190,19 @@ func derive(context string, material ...[]byte) (key [32]byte) {
 	return key
 }
 
+// onceKey seals one message, ever: so its nonce is zero.
+type onceKey [32]byte
+
+func (k onceKey) seal(dst, plain, aad []byte) []byte {
+	return newGCM(k).Seal(dst, zeroNonce[:], plain, aad) //nolint:gosec // G407: one message per key
+}
+
+func (k onceKey) open(dst, sealed, aad []byte) ([]byte, error) {
+	return newGCM(k).Open(dst, zeroNonce[:], sealed, aad)
+}
+
+var zeroNonce [12]byte
+
 // newGCM returns AES-256-GCM. A key of the right length never fails.
 func newGCM(key [32]byte) cipher.AEAD {
 	g, err := cipher.NewGCM(newAES(key))
@@ -206,9 +219,6 @@ func newAES(key [32]byte) cipher.Block {
 	}
 	return b
 }
-
-// zeroNonce is for keys that seal one message only.
-var zeroNonce [12]byte
 
 func randomKey() (k [32]byte) {
 	_, _ = rand.Read(k[:]) // never fails

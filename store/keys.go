@@ -14,10 +14,13 @@ import (
 // Encrypted tells whether the repository is encrypted.
 func (r *Repo) Encrypted() bool { return r.keys != nil }
 
+// readable tells whether content can be read.
+func (r *reader) readable() bool { return r.keys == nil || r.keys.full() }
+
 // CanRead returns nil if content can be read, and an error that wraps ErrWriterKey if the key
 // that opened the repository does not allow it.
 func (r *Repo) CanRead() error {
-	if r.keys == nil || r.keys.full() {
+	if r.readable() {
 		return nil
 	}
 	return fmt.Errorf("%s: %w", r.location, ErrWriterKey)

@@ -108,13 +108,11 @@ func (b *packBuilder) sealAll(foot *[packFooterLen]byte) []byte {
 	b.buf = append(b.buf, make([]byte, size-packFooterLen-sealLen-len(b.buf))...)
 	index := b.buf[at:]
 	head := b.buf[:recordsAt(b.kind)]
-	b.buf = append(b.buf[:at], b.seal.g.indexCipher(salt).Seal(index[:0], zeroNonce[:], index, indexAAD(head, foot[:]))...)
+	b.buf = append(b.buf[:at], b.seal.g.indexKey(salt).seal(index[:0], index, indexAAD(head, foot[:]))...)
 	return append(b.buf, foot[:]...)
 }
 
-func (g *keySet) indexCipher(salt [32]byte) cipher.AEAD {
-	return newGCM(derive(deriveIndex, g.meta[:], salt[:]))
-}
+func (g *keySet) indexKey(salt [32]byte) onceKey { return derive(deriveIndex, g.meta[:], salt[:]) }
 
 // indexAAD is all of a pack but records and index: header, capsule, the footer's lengths.
 func indexAAD(head, foot []byte) []byte {
@@ -141,7 +139,7 @@ func openPackIndex(head, sealed, footer []byte, size int64, id PackID, repo [16]
 		return nil, errors.New("too short")
 	}
 	head = head[:n]
-	plain, err := g.indexCipher(f.hash).Open(sealed[:0], zeroNonce[:], sealed, indexAAD(head, footer))
+	plain, err := g.indexKey(f.hash).open(sealed[:0], sealed, indexAAD(head, footer))
 	if err != nil || head[10] != packSealed {
 		return nil, errPackSeal
 	}

@@ -45,8 +45,10 @@ func (k *keyring) sealDoc(name string, doc []byte) []byte {
 	plain := make([]byte, padded(docHeaderLen+4+len(doc)+sealLen, 1<<20)-docHeaderLen-sealLen)
 	binary.LittleEndian.PutUint32(plain, uint32(len(doc)))
 	copy(plain[4:], doc)
-	return newGCM(derive(deriveDocument, g.meta[:], salt[:])).Seal(b, zeroNonce[:], plain, k.docAAD(b, name))
+	return g.docKey(salt[:]).seal(b, plain, k.docAAD(b, name))
 }
+
+func (g *keySet) docKey(salt []byte) onceKey { return derive(deriveDocument, g.meta[:], salt) }
 
 func (k *keyring) docAAD(header []byte, name string) []byte {
 	return append(append(bytes.Clone(header[:docHeaderLen]), k.repo[:]...), name...)
@@ -66,8 +68,7 @@ func (k *keyring) openDoc(ctx context.Context, b blob.Store, name string, sealed
 	if g == nil {
 		return nil, k.unknownSet(name, n)
 	}
-	plain, err := newGCM(derive(deriveDocument, g.meta[:], header[16:48])).
-		Open(nil, zeroNonce[:], sealed[docHeaderLen:], k.docAAD(header, name))
+	plain, err := g.docKey(header[16:48]).open(nil, sealed[docHeaderLen:], k.docAAD(header, name))
 	if err != nil {
 		return nil, &CorruptError{name, "it was not sealed under this name in this repository, or is damaged"}
 	}
