@@ -278,8 +278,8 @@ func newPackCopy(buf []byte, x *packIndex, id PackID, repo [16]byte) *packBuilde
 		b.buf = appendPackHeader(buf[:0], x.kind, id, repo, nil)
 		return b
 	}
-	b.buf = append(buf[:0], x.seal.head...)
-	b.seal = &packSealer{g: x.seal.g}
+	buf = append(buf[:0], x.seal.head...)
+	b.buf, b.seal = buf, &packSealer{g: x.seal.g}
 	return b
 }
 
