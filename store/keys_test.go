@@ -1040,3 +1040,56 @@ func TestNoMemoryPerGrainForSealing(t *testing.T) {
 	}
 	t.Logf("reading two grains: %.1f allocations sealed, %.1f plain", allocs[1], allocs[0])
 }
+
+func TestDocumentIsBoundToItsName(t *testing.T) {
+	r := encryptedRepo(t)
+	sealed := r.keys.sealDoc("points/a/1", []byte("document"))
+	if doc, err := r.keys.openDoc(t.Context(), r.blobs, "points/a/1", sealed); err != nil || string(doc) != "document" {
+		t.Fatal(string(doc), err)
+	}
+	if _, err := r.keys.openDoc(t.Context(), r.blobs, "points/a/2", sealed); !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), "points/a/2") {
+		t.Errorf("under another name: %v", err)
+	}
+	for i := range sealed {
+		bad := bytes.Clone(sealed)
+		bad[i] ^= 1
+		if _, err := r.keys.openDoc(t.Context(), r.blobs, "points/a/1", bad); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("byte %d of %d: %v", i, len(bad), err)
+		}
+	}
+}
+
+// All of a pack but its records is seen when its index is opened.
+func TestIndexCoversHeaderCapsuleAndFooter(t *testing.T) {
+	r := encryptedRepo(t)
+	for _, kind := range []packKind{kindData, kindNode} {
+		b, err := newPackBuilder(nil, kind, newPackID(), r.repo, r.keys)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.add(noise(1, 1000), 1000, codecRaw, r.ids.sum(noise(1, 1000)))
+		doc := b.finish()
+		end := int(recordsAt(kind)) + 1000 + sealLen
+		load := func() error {
+			rd, err := newReader(&oneObject{r.blobs.(*blob.Dir), doc}, r.repo, r.codec, r.keys)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = rd.index(t.Context(), b.id)
+			return err
+		}
+		if err := load(); err != nil {
+			t.Fatal(err)
+		}
+		for i := range doc {
+			if i >= int(recordsAt(kind)) && i < end {
+				continue
+			}
+			doc[i] ^= 4
+			if err := load(); !errors.Is(err, ErrCorrupt) {
+				t.Errorf("%s pack, byte %d of %d: %v", kind, i, len(doc), err)
+			}
+			doc[i] ^= 4
+		}
+	}
+}
