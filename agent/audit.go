@@ -132,7 +132,7 @@ func (r AuditResult) compared() bool {
 type GrainMismatch struct {
 	Off   int64      `json:"off"`
 	Len   int64      `json:"len"`
-	Point store.Hash `json:"point_blake3"` // of the grain, filled up with zeroes
+	Point store.Hash `json:"point_blake3"` // of the grain, filled up with zeroes; keyed if the repository is encrypted
 	Disk  store.Hash `json:"disk_blake3"`
 }
 

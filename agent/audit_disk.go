@@ -343,9 +343,9 @@ func (d *diskAudit) compare(ctx context.Context, off int64, p []byte) ([]GrainMi
 			b = append(slices.Clone(b), make([]byte, d.grain-n)...)
 		}
 		if ref.IsZero() {
-			want = store.HashGrain(make([]byte, d.grain))
+			want = d.Repo.HashGrain(make([]byte, d.grain))
 		}
-		if got := store.HashGrain(b); got != want {
+		if got := d.Repo.HashGrain(b); got != want {
 			out = append(out, GrainMismatch{Off: off + i, Len: n, Point: want, Disk: got})
 		}
 	}

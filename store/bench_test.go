@@ -23,7 +23,7 @@ func BenchmarkWrite(b *testing.B) {
 	}
 	for _, kind := range []string{"half", "raw", "zero"} {
 		b.Run(kind, func(b *testing.B) {
-			r, err := Init(b.Context(), b.TempDir())
+			r, err := testInit(b.Context(), b.TempDir())
 			if err != nil {
 				b.Fatal(err)
 			}

@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"fmt"
 	"math/bits"
 	"slices"
 )
@@ -25,6 +26,9 @@ func (d *DiskWriter) build(ctx context.Context) (Root, error) {
 		keys = append(keys, k)
 	}
 	slices.Sort(keys)
+	if l := d.leaves[d.cutAt>>fanOutBits]; d.cutAt >= 0 && !l.isSealed && l.set&(1<<(d.cutAt&(fanOut-1))) == 0 {
+		return Root{}, fmt.Errorf("%w: the disk shrank, and its last grain was not written", ErrWriterKey)
+	}
 
 	top := int(d.shape.Level)
 	base := subtree{level: top}

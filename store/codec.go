@@ -9,10 +9,11 @@ import (
 )
 
 // The codec byte of a record: the low nibble says how it is compressed, the high
-// one how it is sealed. Sealed records (AEAD) do not exist yet.
+// one how it is sealed: all or none of a repository's are.
 const (
 	codecRaw  = 0x00
 	codecZstd = 0x01
+	codecGCM  = 0x10
 
 	codecAbsent = 0x0f // no compression: the record was dropped, see docs/format.md
 

@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"strings"
 	"time"
 
@@ -35,8 +34,14 @@ type config struct {
 }
 
 type encryption struct {
-	Mode string `json:"mode"` // "none" so far
+	Mode string `json:"mode"`
 }
+
+// Modes of encryption.
+const (
+	encryptionNone = "none"
+	encryptionGCM  = "aes-256-gcm"
+)
 
 func (c config) id() (id [16]byte) {
 	_, _ = hex.Decode(id[:], []byte(c.ID)) // validated by decodeConfig
@@ -50,7 +55,7 @@ func encodeConfig(c config) ([]byte, error) {
 		return nil, fmt.Errorf("encode config: %w", err)
 	}
 	b = append(b, '\n')
-	return bytes.Replace(b, []byte(c.Check), []byte(sum(b).String()), 1), nil
+	return bytes.Replace(b, []byte(c.Check), []byte(plainHasher.sum(b).String()), 1), nil
 }
 
 // decodeConfig tells apart what was never ours, what is newer than this
@@ -69,13 +74,13 @@ func decodeConfig(b []byte) (config, error) {
 	}
 	blank := bytes.Clone(b)
 	copy(blank[at:], strings.Repeat("0", 64))
-	if sum(blank).String() != c.Check {
+	if plainHasher.sum(blank).String() != c.Check {
 		return c, &CorruptError{configName, "it does not match its check sum"}
 	}
 	if c.Version != configVersion {
 		return c, fmt.Errorf("config: %w: repository version %d, this program knows %d", ErrVersion, c.Version, configVersion)
 	}
-	if c.Hash != "blake3" || c.Encryption.Mode != "none" {
+	if c.Hash != "blake3" || c.Encryption.Mode != encryptionNone && c.Encryption.Mode != encryptionGCM {
 		return c, fmt.Errorf("config: %w: hash %q, encryption %q", ErrVersion, c.Hash, c.Encryption.Mode)
 	}
 	if id, err := hex.DecodeString(c.ID); err != nil || len(id) != 16 {
@@ -93,21 +98,4 @@ func readConfig(ctx context.Context, b blob.Store) (config, error) {
 		return config{}, err
 	}
 	return decodeConfig(p)
-}
-
-// readSmall reads a whole object of at most limit bytes.
-func readSmall(ctx context.Context, b blob.Store, name string, limit int64) (_ []byte, err error) {
-	r, err := b.Get(ctx, name, 0, limit+1)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, r.Close()) }()
-	p, err := io.ReadAll(r)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", name, err)
-	}
-	if int64(len(p)) > limit {
-		return nil, &CorruptError{name, fmt.Sprintf("longer than %d bytes", limit)}
-	}
-	return p, nil
 }

@@ -18,6 +18,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	argon2Cost = argon2Params{Time: 1, Memory: 8, Threads: 1}
 	faultblob.Main(map[string]faultblob.Job{"backup": crashJob})
 	_ = flag.Set("rapid.checks", "25") // the command line still wins
 	os.Exit(m.Run())
@@ -63,7 +64,7 @@ func crashJob(ctx context.Context, l *faultblob.Layer, say func(string), args []
 	if d, ok := b.(*blob.Dir); ok {
 		l.Watch(d)
 	}
-	r, err := openOn(ctx, l.Over(b), args[0])
+	r, err := openOn(ctx, l.Over(b), args[0], testKey()...)
 	if err != nil {
 		return err
 	}
@@ -122,7 +123,7 @@ func acked(t *testing.T, acks map[int]string, o faultblob.Outcome) {
 // point must be there, and every point that is there must be whole and right.
 func checkAfterCrash(t *testing.T, location string, acks map[int]string) {
 	t.Helper()
-	r, err := Open(t.Context(), location)
+	r, err := testOpen(t.Context(), location)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -212,7 +213,7 @@ func TestKilledAtEveryMomentOnS3(t *testing.T) {
 
 func initOnServer(t *testing.T, srv *s3test.Server, name string) string {
 	t.Helper()
-	r, err := Init(t.Context(), "s3:"+srv.Endpoint+"/"+s3test.Bucket+"/"+name)
+	r, err := testInit(t.Context(), "s3:"+srv.Endpoint+"/"+s3test.Bucket+"/"+name)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -238,7 +239,7 @@ func TestKilledAtRandomMoments(t *testing.T) {
 
 func initAt(t *testing.T) string {
 	t.Helper()
-	r, err := Init(t.Context(), t.TempDir())
+	r, err := testInit(t.Context(), t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -49,7 +49,7 @@ func objects(t testing.TB, r *Repo) (names []string) {
 // readAll opens the repository anew and reads everything of the point.
 func readAll(t testing.TB, location string, n PointName) error {
 	t.Helper()
-	r, err := Open(t.Context(), location)
+	r, err := testOpen(t.Context(), location)
 	if err != nil {
 		return err
 	}
@@ -168,17 +168,19 @@ func TestPackOfAnotherRepositoryIsSeen(t *testing.T) {
 	p := backup(t, r, DiskOptions{Size: 1 << 20}, write{0, noise(1, k64)})
 	other.repo = r.repo // so that its packs claim to be ours
 	id := packFiles(t, r)[0]
-	b := newPackBuilder(nil, kindData, PackID{1}, [16]byte{9})
 	var pid PackID
 	if err := pid.UnmarshalText([]byte(filepath.Base(id))); err != nil {
 		t.Fatal(err)
 	}
-	b = newPackBuilder(b.buf, kindData, pid, [16]byte{9})
-	b.add(noise(1, k64), k64, codecRaw, sum(noise(1, k64)))
+	b, err := newPackBuilder(nil, kindData, pid, [16]byte{9}, r.keys)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.add(noise(1, k64), k64, codecRaw, r.ids.sum(noise(1, k64)))
 	if err := os.WriteFile(filepath.Join(r.Location(), id), b.finish(), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	err := readAll(t, r.Location(), p.Name())
+	err = readAll(t, r.Location(), p.Name())
 	if !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), "another repository") {
 		t.Errorf("read: %v", err)
 	}
@@ -305,7 +307,7 @@ func TestVerifyFindsDamagedNode(t *testing.T) {
 	wantDisk(t, reopen(t, r), healed, image)
 	// Writing a part of the damaged subtree cannot, and says so.
 	r = reopen(t, r)
-	if err := r.blobs.Delete(t.Context(), healed.Name().object()); err != nil {
+	if err := r.blobs.Delete(t.Context(), r.pointObject(healed.Name())); err != nil {
 		t.Fatal(err)
 	}
 	w, err := r.Begin(t.Context(), "a")
@@ -336,21 +338,21 @@ func (r *Repo) newMapLookup(t *testing.T, p *Point, g int64) (Ref, error) {
 func TestRenamedPointIsSeen(t *testing.T) {
 	r := testRepo(t)
 	p := backup(t, r, DiskOptions{Size: 1 << 20}, write{0, noise(1, k64)})
-	old := filepath.Join(r.Location(), p.Name().object())
+	old := filepath.Join(r.Location(), r.pointObject(p.Name()))
 	for _, n := range []PointName{
 		{VM: "a", ID: p.ID, Time: p.Time.Add(1)},
 		{VM: "a", ID: "0123456789abcdef", Time: p.Time},
 		{VM: "b", ID: p.ID, Time: p.Time},
 	} {
-		to := filepath.Join(r.Location(), n.object())
+		to := filepath.Join(r.Location(), r.pointObject(n))
 		if err := os.MkdirAll(filepath.Dir(to), 0o700); err != nil {
 			t.Fatal(err)
 		}
 		if err := os.Rename(old, to); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := r.Find(t.Context(), n.VM); !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), n.object()) {
-			t.Errorf("%s: %v", n.object(), err)
+		if _, err := r.Find(t.Context(), n.VM); !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), r.pointObject(n)) {
+			t.Errorf("%s: %v", r.pointObject(n), err)
 		}
 		if err := os.Rename(to, old); err != nil {
 			t.Fatal(err)
@@ -363,8 +365,8 @@ func TestNoGrainPassesAsNode(t *testing.T) {
 	var c [fanOut]Ref
 	c[0] = Ref{Hash: Hash{1}, Pack: PackID{2}, Ord: 3}
 	evil := encodeNode(0, &c) // in a pack whose content a guest chooses
-	b := newPackBuilder(nil, kindData, newPackID(), r.repo)
-	ref := Ref{Hash: sum(evil), Pack: b.id}
+	b := builder(t, r, kindData, newPackID())
+	ref := Ref{Hash: r.ids.sum(evil), Pack: b.id}
 	b.add(evil, len(evil), codecRaw, ref.Hash)
 	doc := b.finish()
 	if err := r.blobs.Put(t.Context(), packName(b.id), bytes.NewReader(doc), int64(len(doc))); err != nil {
@@ -383,7 +385,7 @@ func TestDamageThatDecompressionForgivesIsSeen(t *testing.T) {
 		t.Fatal(err)
 	}
 	e, err := r.locate(t.Context(), ref, kindData)
-	if err != nil || e.codec != codecZstd {
+	if err != nil || e.codec&codecCompression != codecZstd {
 		t.Fatal(e.codec, err)
 	}
 	// The unused bit of the frame header descriptor (RFC 8878, 3.1.1.1.1.3).
@@ -417,7 +419,7 @@ func TestContentThatBeliesItsHashIsSeen(t *testing.T) {
 	// another content than its hash says: what a broken writer would leave.
 	for _, compressed := range []bool{false, true} {
 		content := text(1, 4096)
-		b := newPackBuilder(nil, kindData, newPackID(), r.repo)
+		b := builder(t, r, kindData, newPackID())
 		stored, how := content, byte(codecRaw)
 		if compressed {
 			var err error
@@ -425,7 +427,7 @@ func TestContentThatBeliesItsHashIsSeen(t *testing.T) {
 				t.Fatal(how, err)
 			}
 		}
-		ref := Ref{Hash: sum(text(2, 4096)), Pack: b.id}
+		ref := Ref{Hash: r.ids.sum(text(2, 4096)), Pack: b.id}
 		b.add(stored, 4096, how, ref.Hash)
 		doc := b.finish()
 		if err := r.blobs.Put(t.Context(), packName(b.id), bytes.NewReader(doc), int64(len(doc))); err != nil {

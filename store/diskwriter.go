@@ -44,6 +44,7 @@ type DiskWriter struct {
 
 	edit   locker // guards leaves
 	leaves map[int64]*leaf
+	cutAt  int64 // the last grain of a disk that shrank, if it must be written since its old content can't be read; else -1
 }
 
 // leaf is what was written to one leaf node of the map.
@@ -60,7 +61,8 @@ type leaf struct {
 
 // Disk adds a disk to the backup. It continues from the parent's disk of the same
 // name if that has the same grain, cut or extended with zeroes if the size
-// is another; else it begins as zeroes.
+// is another; else it begins as zeroes. Where it is cut within a grain and the repository's key can't
+// read, the new last grain must be written: without it Commit's error wraps ErrWriterKey.
 func (w *Writer) Disk(ctx context.Context, o DiskOptions) (*DiskWriter, error) {
 	end, err := w.begin()
 	if err != nil {
@@ -73,7 +75,7 @@ func (w *Writer) Disk(ctx context.Context, o DiskOptions) (*DiskWriter, error) {
 	if err := errors.Join(validDiskName(o.Name), validShape(o.Size, o.Grain)); err != nil {
 		return nil, err
 	}
-	d := &DiskWriter{w: w, opt: o, edit: newLocker(), leaves: map[int64]*leaf{}}
+	d := &DiskWriter{w: w, opt: o, edit: newLocker(), leaves: map[int64]*leaf{}, cutAt: -1}
 	d.shape = Root{Size: o.Size, Grain: o.Grain}
 	d.shape.Level = levelFor(d.shape.grains())
 	if o.Dedup {
@@ -139,6 +141,10 @@ func (d *DiskWriter) continueParent(ctx context.Context) error {
 	ref, err := m.Lookup(ctx, last)
 	if err != nil {
 		return err
+	}
+	if !ref.IsZero() && !d.w.repo.readable() {
+		d.cutAt = last
+		return nil
 	}
 	buf := make([]byte, d.opt.Grain)
 	if err := d.w.repo.ReadGrain(ctx, ref, buf); err != nil {
@@ -209,7 +215,7 @@ func (d *DiskWriter) writeGrain(ctx context.Context, n int64, b []byte) error {
 	}
 	var now Ref
 	if !isZero(b) {
-		now.Hash = sum(b)
+		now.Hash = d.w.repo.ids.sum(b)
 		if known && now.Hash == was.Hash {
 			now = was
 		} else {
@@ -326,7 +332,7 @@ func (d *DiskWriter) putNode(ctx context.Context, level int, children *[fanOut]R
 		return Ref{}, nil
 	}
 	p := encodeNode(uint8(level), children)
-	h := sum(p)
+	h := d.w.repo.ids.sum(p)
 	if h == same.Hash {
 		return same, nil
 	}

@@ -85,7 +85,7 @@ func TestOverFaultyStorage(t *testing.T) {
 			failed, unread := 0, 0
 			for seed := range uint64(6) {
 				// Open and read the new point, if there is one, over the same storage.
-				r, err := openOn(t.Context(), tt.open(t, location, seed+1), location)
+				r, err := openOn(t.Context(), tt.open(t, location, seed+1), location, testKey()...)
 				if err != nil {
 					failed++
 					wantNoDamage(t, err)
@@ -130,7 +130,7 @@ func placeOn(t *testing.T, kind string) (location string) {
 // are not found to be shared: the new point is whole all the same.
 func TestPointsOverStaleListingsAreWhole(t *testing.T) {
 	location := initAt(t)
-	r, err := openOn(t.Context(), faultblob.Stale(openPlain(t, location), 3), location)
+	r, err := openOn(t.Context(), faultblob.Stale(openPlain(t, location), 40), location, testKey()...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -146,7 +146,7 @@ func TestPointsOverStaleListingsAreWhole(t *testing.T) {
 		}
 		wantDisk(t, r, backup(t, r, DiskOptions{Size: 1 << 20}, whole...), image)
 	}
-	fresh, err := Open(t.Context(), location)
+	fresh, err := testOpen(t.Context(), location)
 	if err != nil {
 		t.Fatal(err)
 	}

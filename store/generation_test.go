@@ -22,7 +22,7 @@ func compactByHand(t testing.TB, r *Repo, id PackID, from, to uint32, dead func(
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := newPackBuilder(nil, x.kind, id, r.repo)
+	b := newPackCopy(nil, x, id, r.repo)
 	for ord := range uint32(x.count()) {
 		e, _ := x.entry(ord)
 		if dead(ord) {

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bytes"
 	"testing"
 
 	"lukechampine.com/blake3"
@@ -9,8 +10,14 @@ import (
 func TestSumIsBLAKE3(t *testing.T) {
 	for _, n := range []int{0, 1, 1000, 4 << 10, 8 << 10, 16 << 10, 32 << 10, 48 << 10, 64 << 10, 65537, 128 << 10, 256 << 10, 512 << 10, 1 << 20, 2 << 20} {
 		p := noise(uint64(n), n)
-		if got, want := sum(p), blake3.Sum256(p); got != want {
+		if got, want := plainHasher.sum(p), blake3.Sum256(p); got != want {
 			t.Errorf("%d bytes: %s, want %x", n, got, want)
+		}
+		key := [32]byte(noise(1, 32))
+		b := blake3.New(32, key[:])
+		_, _ = b.Write(p)
+		if got := newHasher(key).sum(p); !bytes.Equal(got[:], b.Sum(nil)) {
+			t.Errorf("%d bytes, keyed: %s", n, got)
 		}
 	}
 	// The reference's test vectors: input is 0, 1, ..., 250, 0, ...
@@ -18,7 +25,7 @@ func TestSumIsBLAKE3(t *testing.T) {
 	for i := range p {
 		p[i] = byte(i % 251)
 	}
-	if got := sum(p).String(); got != "62b6960e1a44bcc1eb1a611a8d6235b6b4b78f32e7abc4fb4c6cdcce94895c47" {
+	if got := plainHasher.sum(p).String(); got != "62b6960e1a44bcc1eb1a611a8d6235b6b4b78f32e7abc4fb4c6cdcce94895c47" {
 		t.Errorf("test vector: %s", got)
 	}
 }
@@ -29,7 +36,7 @@ func BenchmarkSum(b *testing.B) {
 		b.SetBytes(k64)
 		b.ReportAllocs()
 		for b.Loop() {
-			_ = sum(p)
+			_ = plainHasher.sum(p)
 		}
 	})
 	b.Run("library", func(b *testing.B) {

@@ -5,14 +5,52 @@ import (
 	"context"
 	"encoding/binary"
 	"math/rand/v2"
+	"os"
 	"testing"
 )
+
+// encryptedEnv makes all tests of the package run on encrypted repositories.
+const encryptedEnv = "TIDEMARK_TEST_ENCRYPTED"
+
+var testEncrypted = os.Getenv(encryptedEnv) != ""
+
+// testPassphrase opens the repositories of tests; its cost is the least that there is.
+var testPassphrase = Passphrase("correct horse")
+
+func testInit(ctx context.Context, location string) (*Repo, error) {
+	if testEncrypted {
+		return Init(ctx, location, Encrypt(NewKey{Role: FullKey, Passphrase: testPassphrase}))
+	}
+	return Init(ctx, location)
+}
+
+func testOpen(ctx context.Context, location string) (*Repo, error) {
+	return Open(ctx, location, testKey()...)
+}
+
+// testKey opens what testInit made.
+func testKey() []Option {
+	if testEncrypted {
+		return []Option{WithKey(testPassphrase)}
+	}
+	return nil
+}
+
+// builder begins a pack of r.
+func builder(t testing.TB, r *Repo, kind packKind, id PackID) *packBuilder {
+	t.Helper()
+	b, err := newPackBuilder(nil, kind, id, r.repo, r.keys)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
 
 // testRepo makes a repository in a folder of its own, with small packs so that
 // a test fills several.
 func testRepo(t testing.TB) *Repo {
 	t.Helper()
-	r, err := Init(t.Context(), t.TempDir())
+	r, err := testInit(t.Context(), t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -28,7 +66,7 @@ func testRepo(t testing.TB) *Repo {
 // reopen opens r's folder again, with empty caches.
 func reopen(t testing.TB, r *Repo) *Repo {
 	t.Helper()
-	n, err := Open(t.Context(), r.Location())
+	n, err := testOpen(t.Context(), r.Location())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -31,7 +31,7 @@ func FuzzLocation(f *testing.F) {
 func s3Repo(t *testing.T) (*Repo, *s3test.Server) {
 	t.Helper()
 	srv := s3test.Start(t)
-	r, err := Init(t.Context(), "s3:"+srv.Endpoint+"/"+s3test.Bucket+"/repo")
+	r, err := testInit(t.Context(), "s3:"+srv.Endpoint+"/"+s3test.Bucket+"/repo")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -48,10 +48,10 @@ func TestS3Repository(t *testing.T) {
 		copy(image[i*(128<<10):], p)
 		backup(t, r, DiskOptions{Size: 1 << 20}, write{int64(i * (128 << 10)), p})
 	}
-	if _, err := Init(t.Context(), r.Location()); !errors.Is(err, ErrExists) {
+	if _, err := testInit(t.Context(), r.Location()); !errors.Is(err, ErrExists) {
 		t.Errorf("second Init: %v", err)
 	}
-	o, err := Open(t.Context(), r.Location())
+	o, err := testOpen(t.Context(), r.Location())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -64,7 +64,7 @@ func TestS3Repository(t *testing.T) {
 	wantDisk(t, o, p, image)
 
 	// The objects are the same as in a folder, so they can be copied there and back.
-	local, err := Open(t.Context(), filepath.Join(srv.Dir, s3test.Bucket, "repo"))
+	local, err := testOpen(t.Context(), filepath.Join(srv.Dir, s3test.Bucket, "repo"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -72,10 +72,10 @@ func TestS3Repository(t *testing.T) {
 	wantClean(t, local, p)
 	wantDisk(t, local, p, image)
 
-	if _, err := Open(t.Context(), "s3:"+srv.Endpoint+"/"+s3test.Bucket+"/other"); !errors.Is(err, ErrNotRepository) {
+	if _, err := testOpen(t.Context(), "s3:"+srv.Endpoint+"/"+s3test.Bucket+"/other"); !errors.Is(err, ErrNotRepository) {
 		t.Errorf("Open of nothing: %v", err)
 	}
-	if _, err := Open(t.Context(), "s3:"+srv.Endpoint+"/no-bucket/x"); err == nil || errors.Is(err, ErrNotRepository) {
+	if _, err := testOpen(t.Context(), "s3:"+srv.Endpoint+"/no-bucket/x"); err == nil || errors.Is(err, ErrNotRepository) {
 		t.Errorf("Open without a bucket: %v", err)
 	}
 }

@@ -18,7 +18,7 @@ func TestModel(t *testing.T) {
 		if err != nil {
 			rt.Fatal(err)
 		}
-		r, err := Init(t.Context(), dir)
+		r, err := testInit(t.Context(), dir)
 		if err != nil {
 			rt.Fatal(err)
 		}
@@ -56,7 +56,7 @@ func TestModel(t *testing.T) {
 		}
 		// Older points are not needed by newer ones.
 		for _, p := range points[:len(points)-1] {
-			if err := r.blobs.Delete(t.Context(), p.Name().object()); err != nil {
+			if err := r.blobs.Delete(t.Context(), r.pointObject(p.Name())); err != nil {
 				rt.Fatal(err)
 			}
 		}

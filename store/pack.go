@@ -16,6 +16,8 @@ const (
 	packEnd     = "KCAPEDIT"
 	packVersion = 1
 
+	packSealed = 1 // byte 10 of the header
+
 	packHeaderLen = 48
 	packEntryLen  = 52
 	packFooterLen = 56
@@ -98,9 +100,15 @@ func parsePackEntry(p []byte) packEntry {
 	}
 }
 
-func appendPackHeader(b []byte, kind packKind, id PackID, repo [16]byte) []byte {
+// appendPackHeader makes a header. sealedBy is nil if the repository is not encrypted.
+func appendPackHeader(b []byte, kind packKind, id PackID, repo [16]byte, sealedBy *keySet) []byte {
 	b = append(b, packMagic...)
-	b = append(b, packVersion, byte(kind), 0, 0, 0, 0, 0, 0)
+	if sealedBy == nil {
+		b = append(b, packVersion, byte(kind), 0, 0, 0, 0, 0, 0)
+	} else {
+		b = append(b, packVersion, byte(kind), packSealed, 0)
+		b = binary.LittleEndian.AppendUint32(b, sealedBy.number)
+	}
 	b = append(b, id[:]...)
 	return append(b, repo[:]...)
 }
@@ -108,22 +116,27 @@ func appendPackHeader(b []byte, kind packKind, id PackID, repo [16]byte) []byte 
 // packFooter is the end of a pack.
 type packFooter struct {
 	indexOff int64
-	count    int
-	hash     Hash
+	indexLen int
+	hash     [32]byte // of a sealed pack: salt
 }
 
-// parsePackFooter reads the last packFooterLen bytes of an object of size bytes.
-func parsePackFooter(p []byte, size int64) (packFooter, error) {
+// parsePackFooter reads the last packFooterLen bytes of an object of size bytes. Of a pack that is not
+// sealed it gives the number of records, of others the length of the index.
+func parsePackFooter(p []byte, size int64, sealed bool) (packFooter, error) {
 	if len(p) != packFooterLen || string(p[48:]) != packEnd {
 		return packFooter{}, errors.New("no pack footer at its end")
 	}
+	entry, most := int64(packEntryLen), int64(maxPackEntries)
+	if sealed {
+		entry, most = 1, maxSealedIndex
+	}
+	n := int64(binary.LittleEndian.Uint32(p[8:]))
 	f := packFooter{
 		indexOff: int64(min(binary.LittleEndian.Uint64(p), maxPackLen)),
-		count:    int(min(binary.LittleEndian.Uint32(p[8:]), maxPackEntries+1)),
-		hash:     Hash(p[16:48]),
+		indexLen: int(min(n, most) * entry),
+		hash:     [32]byte(p[16:48]),
 	}
-	if f.count > maxPackEntries || f.indexOff < packHeaderLen ||
-		f.indexOff+int64(f.count)*packEntryLen+packFooterLen != size {
+	if n > most || f.indexOff < packHeaderLen || f.indexOff+int64(f.indexLen)+packFooterLen != size {
 		return packFooter{}, fmt.Errorf("the footer does not fit the object's length of %d bytes", size)
 	}
 	return f, nil
@@ -135,6 +148,16 @@ type packIndex struct {
 	kind       packKind
 	generation uint32 // of the object that it is of
 	entries    []byte
+	seal       *packSeal // nil: not sealed
+}
+
+// cost is the memory of an index, roughly, in bytes.
+func (x *packIndex) cost() int64 {
+	n := int64(len(x.entries)) + 160
+	if x.seal != nil {
+		n += packSealCost
+	}
+	return n
 }
 
 func (x *packIndex) count() int { return len(x.entries) / packEntryLen }
@@ -151,35 +174,45 @@ func (x *packIndex) entry(ord uint32) (packEntry, bool) {
 // bytes are kept, not copied. The hash comes first: only what was
 // written as it is can be of a newer version; all else is damage.
 func parsePackIndex(header, entries, footer []byte, size int64, id PackID, repo [16]byte) (*packIndex, error) {
-	f, err := parsePackFooter(footer, size)
+	f, err := parsePackFooter(footer, size, false)
 	if err != nil {
 		return nil, err
 	}
-	if len(header) != packHeaderLen || string(header[:8]) != packMagic || len(entries) != f.count*packEntryLen {
+	if len(header) != packHeaderLen || string(header[:8]) != packMagic || len(entries) != f.indexLen {
 		return nil, errors.New("no pack header at its start")
 	}
 	if packHash(header, entries, footer) != f.hash {
 		return nil, errors.New("header, index and footer do not match their hash")
 	}
-	if header[8] != packVersion {
-		return nil, fmt.Errorf("%w: pack version %d", ErrVersion, header[8])
-	}
-	if PackID(header[16:32]) != id {
-		return nil, fmt.Errorf("it is another pack: %s", PackID(header[16:32]))
-	}
-	if [16]byte(header[32:48]) != repo {
-		return nil, fmt.Errorf("it belongs to another repository: %x", header[32:48])
-	}
 	x := &packIndex{kind: packKind(header[9]), entries: entries}
-	if x.kind != kindData && x.kind != kindNode {
-		return nil, fmt.Errorf("unknown pack %s", x.kind)
+	if err := checkPackHeader(header, id, repo); err != nil {
+		return nil, err
 	}
 	return x, x.check(f.indexOff)
 }
 
+// checkPackHeader checks a header whose bytes are known to be what was written.
+func checkPackHeader(header []byte, id PackID, repo [16]byte) error {
+	kind := packKind(header[9])
+	switch {
+	case header[8] != packVersion:
+		return fmt.Errorf("%w: pack version %d", ErrVersion, header[8])
+	case PackID(header[16:32]) != id:
+		return fmt.Errorf("it is another pack: %s", PackID(header[16:32]))
+	case [16]byte(header[32:48]) != repo:
+		return fmt.Errorf("it belongs to another repository: %x", header[32:48])
+	case kind != kindData && kind != kindNode:
+		return fmt.Errorf("unknown pack %s", kind)
+	}
+	return nil
+}
+
 // check makes sure that the records lie back to back and within limits.
 func (x *packIndex) check(end int64) error {
-	off := int64(packHeaderLen)
+	off, seal, added := x.recordsAt(), byte(0), int64(0)
+	if x.seal != nil {
+		seal, added = codecGCM, sealLen
+	}
 	for i := range x.count() {
 		e, _ := x.entry(uint32(i))
 		if e.absent() {
@@ -188,11 +221,12 @@ func (x *packIndex) check(end int64) error {
 			}
 			continue
 		}
-		if e.codec&codecSeal != 0 || e.codec&codecCompression > codecZstd {
+		if e.codec&codecSeal != seal || e.codec&codecCompression > codecZstd {
 			return fmt.Errorf("%w: record %d has codec %#02x", ErrVersion, i, e.codec)
 		}
-		if int64(e.off) != off || e.raw == 0 || int64(e.raw) > int64(x.kind.maxRaw()) || e.stored == 0 ||
-			e.codec == codecRaw && e.stored != e.raw || e.codec == codecZstd && e.stored >= e.raw {
+		stored := int64(e.stored) - added
+		if int64(e.off) != off || e.raw == 0 || int64(e.raw) > int64(x.kind.maxRaw()) || stored <= 0 ||
+			e.codec&codecCompression == codecRaw && stored != int64(e.raw) || e.codec&codecCompression == codecZstd && stored >= int64(e.raw) {
 			return fmt.Errorf("index entry %d is out of order or out of bounds", i)
 		}
 		off += int64(e.stored)
@@ -219,35 +253,85 @@ type packBuilder struct {
 	kind    packKind
 	buf     []byte // header and records
 	entries []byte
+	seal    *packSealer // nil: not sealed
 }
 
-func newPackBuilder(buf []byte, kind packKind, id PackID, repo [16]byte) *packBuilder {
-	return &packBuilder{id: id, kind: kind, buf: appendPackHeader(buf[:0], kind, id, repo)}
+// newPackBuilder begins a pack in buf. keys is nil if the repository is not encrypted.
+func newPackBuilder(buf []byte, kind packKind, id PackID, repo [16]byte, keys *keyring) (*packBuilder, error) {
+	b := &packBuilder{id: id, kind: kind}
+	if keys == nil {
+		b.buf = appendPackHeader(buf[:0], kind, id, repo, nil)
+		return b, nil
+	}
+	g := keys.newest()
+	b.buf = appendPackHeader(buf[:0], kind, id, repo, g)
+	var err error
+	b.buf, b.seal, err = newPackSealer(b.buf, g)
+	return b, err
+}
+
+// newPackCopy begins the next generation of the pack of x: it takes records as they are stored there, sealed
+// or not.
+func newPackCopy(buf []byte, x *packIndex, id PackID, repo [16]byte) *packBuilder {
+	b := &packBuilder{id: id, kind: x.kind}
+	if x.seal == nil {
+		b.buf = appendPackHeader(buf[:0], x.kind, id, repo, nil)
+		return b
+	}
+	buf = append(buf[:0], x.seal.head...)
+	b.buf, b.seal = buf, &packSealer{g: x.seal.g}
+	return b
 }
 
 func (b *packBuilder) count() int { return len(b.entries) / packEntryLen }
 
 // add appends a record and returns its ordinal. The caller keeps the pack within
-// the limits of the format.
+// the limits of the format. Records are sealed by finish: not one by one under their writers' lock.
 func (b *packBuilder) add(stored []byte, raw int, how byte, h Hash) uint32 {
 	e := packEntry{
 		off: uint32(len(b.buf)), stored: uint32(len(stored)), raw: uint32(raw),
-		crc: castagnoli(stored), codec: how, hash: h,
+		codec: how, hash: h,
+	}
+	b.buf = append(b.buf, stored...)
+	if b.seal == nil || b.seal.records == nil {
+		e.crc = castagnoli(stored)
+	} else {
+		e.codec |= codecGCM
+		e.stored += sealLen
+		b.buf = append(b.buf, zeroTag[:]...)
 	}
 	ord := uint32(b.count())
-	b.buf = append(b.buf, stored...)
 	b.entries = e.append(b.entries)
 	return ord
+}
+
+// overhead is what the pack costs beside records and entries, without its padding, in bytes.
+func (b *packBuilder) overhead() int64 {
+	if b.seal == nil {
+		return packHeaderLen + packFooterLen
+	}
+	return recordsAt(b.kind) + 4 + sealLen + packFooterLen
+}
+
+// recordCost is what a record of n stored bytes, as given to add, costs.
+func (b *packBuilder) recordCost(n int) int64 {
+	if b.seal != nil && b.seal.records != nil {
+		n += sealLen
+	}
+	return int64(n) + packEntryLen
 }
 
 // finish returns the whole object. The builder must not be used afterwards.
 func (b *packBuilder) finish() []byte {
 	var foot [packFooterLen]byte
 	binary.LittleEndian.PutUint64(foot[:], uint64(len(b.buf)))
+	copy(foot[48:], packEnd)
+	if b.seal != nil {
+		return b.sealAll(&foot)
+	}
 	binary.LittleEndian.PutUint32(foot[8:], uint32(b.count()))
 	h := packHash(b.buf[:packHeaderLen], b.entries, foot[:])
 	copy(foot[16:], h[:])
-	copy(foot[48:], packEnd)
 	b.buf = append(b.buf, b.entries...)
 	return append(b.buf, foot[:]...)
 }

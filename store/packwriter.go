@@ -102,11 +102,15 @@ func (w *packWriter) add(ctx context.Context, stored []byte, raw int, how byte, 
 			return Ref{}, 0, err
 		}
 	}
-	cost := int64(len(stored)) + packEntryLen
+	cost := int64(0)
 	if w.cur == nil {
-		w.cur = newPackBuilder(w.buffer(), w.kind, newPackID(), w.repo.repo)
-		cost += packHeaderLen + packFooterLen
+		var err error
+		if w.cur, err = newPackBuilder(w.buffer(), w.kind, newPackID(), w.repo.repo, w.repo.keys); err != nil {
+			return Ref{}, 0, err
+		}
+		cost = w.cur.overhead()
 	}
+	cost += w.cur.recordCost(len(stored))
 	ref := Ref{Hash: h, Pack: w.cur.id, Ord: w.cur.add(stored, raw, how, h)}
 	if w.full() {
 		select { // begin the upload now if that needs no waiting

@@ -28,15 +28,22 @@ type PointName struct {
 // String returns the name as a user may give it to [Repo.Find].
 func (n PointName) String() string { return n.VM + "@" + n.ID }
 
-// object returns the name of the document's object.
-func (n PointName) object() string {
-	return pointPrefix + n.VM + "/" + n.Time.UTC().Format(pointTime) + "-" + n.ID
+// pointFolder is the folder of a VM's points.
+func (r *reader) pointFolder(vm string) string { return pointPrefix + r.folder(vm) + "/" }
+
+// pointObject returns the name of the document's object.
+func (r *reader) pointObject(n PointName) string {
+	return r.pointFolder(n.VM) + n.Time.UTC().Format(pointTime) + "-" + n.ID
 }
 
-// parsePointName reads what object wrote.
-func parsePointName(object string) (PointName, bool) {
-	vm, base, ok := strings.Cut(strings.TrimPrefix(object, pointPrefix), "/")
+// parsePointName reads what pointObject wrote.
+func (r *reader) parsePointName(object string) (PointName, bool) {
+	folder, base, ok := strings.Cut(strings.TrimPrefix(object, pointPrefix), "/")
 	if !ok || len(base) != len(pointTime)+17 {
+		return PointName{}, false
+	}
+	vm, ok := r.vmOf(folder)
+	if !ok {
 		return PointName{}, false
 	}
 	t, err := time.Parse(pointTime, base[:len(pointTime)])
@@ -44,7 +51,7 @@ func parsePointName(object string) (PointName, bool) {
 		return PointName{}, false
 	}
 	n := PointName{VM: vm, ID: base[len(pointTime)+1:], Time: t.UTC()}
-	return n, isHex(n.ID) && ValidVM(vm) == nil && n.object() == object
+	return n, isHex(n.ID) && r.pointObject(n) == object
 }
 
 func isHex(s string) bool { return strings.Trim(s, "0123456789abcdef") == "" }
@@ -79,13 +86,13 @@ type pointBody struct {
 type plainPoint Point
 
 // encodePoint returns the document and the ID of p.
-func encodePoint(p *Point) (doc []byte, id string, err error) {
+func encodePoint(p *Point, ids *hasher) (doc []byte, id string, err error) {
 	body, err := json.Marshal(pointBody{Version: pointVersion, plainPoint: (*plainPoint)(p)})
 	if err != nil {
 		return nil, "", fmt.Errorf("encode point: %w", err)
 	}
 	body = append(body, '\n')
-	h := sum(body).String()
+	h := ids.sum(body).String()
 	doc = fmt.Appendf(nil, "%s%d %s\n", pointMagic, pointVersion, h)
 	if len(doc)+len(body) > maxPointLen {
 		return nil, "", fmt.Errorf("%w: the point's document has %d bytes, the most is %d", ErrInvalid, len(doc)+len(body), maxPointLen)
@@ -93,16 +100,16 @@ func encodePoint(p *Point) (doc []byte, id string, err error) {
 	return append(doc, body...), h[:16], nil
 }
 
-// decodePoint reads the document of the object n and checks that it is the one
+// decodePoint reads the document of the object and checks that it is the one
 // that n names.
-func decodePoint(doc []byte, n PointName) (*Point, error) {
-	corrupt := func(what string) error { return &CorruptError{n.object(), what} }
+func decodePoint(doc []byte, object string, n PointName, ids *hasher) (*Point, error) {
+	corrupt := func(what string) error { return &CorruptError{object, what} }
 
 	head, body, ok := bytes.Cut(doc, []byte("\n"))
 	if !ok {
 		return nil, corrupt("not the document of a point")
 	}
-	h := sum(body).String()
+	h := ids.sum(body).String()
 	version, hash, _ := strings.Cut(strings.TrimPrefix(string(head), pointMagic), " ")
 	if hash != h || h[:len(n.ID)] != n.ID {
 		return nil, corrupt("the document does not match its hash")
@@ -111,7 +118,7 @@ func decodePoint(doc []byte, n PointName) (*Point, error) {
 	err := json.Unmarshal(body, &b)
 	// The hash was right: now a newer version is no damage.
 	if b.Version > pointVersion && string(head) == fmt.Sprintf("%s%d %s", pointMagic, b.Version, h) {
-		return nil, fmt.Errorf("%s: %w: point version %d", n.object(), ErrVersion, b.Version)
+		return nil, fmt.Errorf("%s: %w: point version %d", object, ErrVersion, b.Version)
 	}
 	if b.Version != pointVersion || version != fmt.Sprint(pointVersion) || !bytes.HasPrefix(head, []byte(pointMagic)) {
 		return nil, corrupt("bad first line")

@@ -17,7 +17,8 @@ func (r *Repo) VMs(ctx context.Context) ([]string, error) {
 	}
 	vms := make([]string, 0, len(dirs))
 	for _, d := range dirs {
-		if ValidVM(d) != nil {
+		vm, ok := r.vmOf(d)
+		if !ok {
 			continue
 		}
 		// A folder may be left without points: by a backup that was killed, or
@@ -26,12 +27,13 @@ func (r *Repo) VMs(ctx context.Context) ([]string, error) {
 			if err != nil {
 				return nil, err
 			}
-			if _, ok := parsePointName(info.Name); ok {
-				vms = append(vms, d)
+			if _, ok := r.parsePointName(info.Name); ok {
+				vms = append(vms, vm)
 				break
 			}
 		}
 	}
+	slices.Sort(vms) // hidden names come in another order
 	return vms, nil
 }
 
@@ -43,11 +45,11 @@ func (r *Repo) Points(ctx context.Context, vm string) ([]PointName, error) {
 		return nil, err
 	}
 	var names []PointName
-	for info, err := range r.blobs.List(ctx, pointPrefix+vm+"/") {
+	for info, err := range r.blobs.List(ctx, r.pointFolder(vm)) {
 		if err != nil {
 			return nil, err
 		}
-		if n, ok := parsePointName(info.Name); ok {
+		if n, ok := r.parsePointName(info.Name); ok {
 			names = append(names, n)
 		}
 	}
@@ -57,14 +59,18 @@ func (r *Repo) Points(ctx context.Context, vm string) ([]PointName, error) {
 // Point reads the document of a point and checks it against its hash. The
 // error wraps ErrNotFound or ErrCorrupt.
 func (r *Repo) Point(ctx context.Context, n PointName) (*Point, error) {
-	if got, ok := parsePointName(n.object()); !ok || got.ID != n.ID {
+	if ValidVM(n.VM) != nil {
 		return nil, fmt.Errorf("%w: point name %s", ErrInvalid, n)
 	}
-	doc, err := readSmall(ctx, r.blobs, n.object(), maxPointLen)
+	object := r.pointObject(n)
+	if got, ok := r.parsePointName(object); !ok || got.ID != n.ID {
+		return nil, fmt.Errorf("%w: point name %s", ErrInvalid, n)
+	}
+	doc, err := r.getDoc(ctx, object, maxPointLen)
 	if err != nil {
 		return nil, err
 	}
-	return decodePoint(doc, n)
+	return decodePoint(doc, object, n, r.ids)
 }
 
 // Find returns the point that a user means by

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -24,6 +25,8 @@ const (
 type reader struct {
 	blobs blob.Store
 	repo  [16]byte
+	keys  *keyring // nil: not encrypted
+	ids   *hasher  // of grains, nodes and points
 	codec *codec
 	nodes *cache[Hash, *node] // by hash, which says what is in it wherever it lies
 	packs *cache[PackID, *packIndex]
@@ -34,7 +37,7 @@ type reader struct {
 	requests chan struct{} // one per range of a batch on its way
 }
 
-func newReader(b blob.Store, repo [16]byte, c *codec) (*reader, error) {
+func newReader(b blob.Store, repo [16]byte, c *codec, keys *keyring) (*reader, error) {
 	nodes, err := newCache[Hash, *node](nodeCacheBytes)
 	if err != nil {
 		return nil, err
@@ -43,8 +46,12 @@ func newReader(b blob.Store, repo [16]byte, c *codec) (*reader, error) {
 	if err != nil {
 		return nil, err
 	}
+	ids := plainHasher
+	if keys != nil {
+		ids = keys.ids
+	}
 	return &reader{
-		blobs: b, repo: repo, codec: c, nodes: nodes, packs: packs,
+		blobs: b, repo: repo, keys: keys, ids: ids, codec: c, nodes: nodes, packs: packs,
 		bufs:     &sync.Pool{New: func() any { return new([]byte) }},
 		spans:    &sync.Pool{New: func() any { return new([]byte) }},
 		requests: make(chan struct{}, maxRequests),
@@ -58,7 +65,7 @@ func (r *reader) index(ctx context.Context, id PackID) (*packIndex, error) {
 		if err != nil {
 			return nil, 0, err
 		}
-		return x, int64(len(x.entries)) + 160, nil
+		return x, x.cost(), nil
 	})
 }
 
@@ -95,7 +102,8 @@ func (r *reader) loadGeneration(ctx context.Context, id PackID, generation uint3
 	name := packObject(id, generation)
 	buf := r.buffer(indexTail)
 	defer r.bufs.Put(buf)
-	tail, header := *buf, make([]byte, packHeaderLen)
+	tail := *buf
+	var header []byte
 	var size int64
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
@@ -103,26 +111,42 @@ func (r *reader) loadGeneration(ctx context.Context, id PackID, generation uint3
 		tail, size = tail[:n], s
 		return wrapRead(name, err)
 	})
-	g.Go(func() error { return r.readFull(gctx, name, header, 0) })
+	g.Go(func() (err error) {
+		header, err = r.readHead(gctx, name)
+		return err
+	})
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
-	if size < packHeaderLen+packFooterLen || size > maxPackLen+maxPackEntries*packEntryLen+packFooterLen {
+	if size < packHeaderLen+packFooterLen || size > maxPackLen+maxSealedIndex+packFooterLen {
 		return nil, &CorruptError{name, fmt.Sprintf("%d bytes are no pack", size)}
 	}
 	footer := tail[len(tail)-packFooterLen:]
-	f, err := parsePackFooter(footer, size)
+	f, err := parsePackFooter(footer, size, r.keys != nil)
 	if err != nil {
 		return nil, &CorruptError{name, err.Error()}
 	}
 	// A copy: the index is kept, the rest of the tail is not.
-	entries := make([]byte, f.count*packEntryLen)
+	entries := make([]byte, f.indexLen)
 	if have := len(tail) - packFooterLen; len(entries) <= have {
 		copy(entries, tail[have-len(entries):])
 	} else if err := r.readFull(ctx, name, entries, f.indexOff); err != nil {
 		return nil, err
 	}
-	x, err := parsePackIndex(header, entries, footer, size, id, r.repo)
+	var x *packIndex
+	if r.keys == nil {
+		x, err = parsePackIndex(header, entries, footer, size, id, r.repo)
+	} else {
+		n := packKeys(header)
+		k, kerr := r.keys.set(ctx, r.blobs, n)
+		if kerr != nil {
+			return nil, fmt.Errorf("%s: %w", name, kerr)
+		}
+		if k == nil {
+			return nil, r.keys.unknownSet(name, n)
+		}
+		x, err = openPackIndex(header, entries, footer, size, id, r.repo, k)
+	}
 	switch {
 	case errors.Is(err, ErrVersion):
 		return nil, fmt.Errorf("%s: %w", name, err)
@@ -131,6 +155,22 @@ func (r *reader) loadGeneration(ctx context.Context, id PackID, generation uint3
 	}
 	x.generation = generation
 	return x, nil
+}
+
+// readHead reads the header, and of a sealed pack as much as may belong to its capsule.
+func (r *reader) readHead(ctx context.Context, name string) ([]byte, error) {
+	p := make([]byte, packHeaderLen, packHeaderLen+capsuleLen)
+	if r.keys == nil {
+		return p, r.readFull(ctx, name, p, 0)
+	}
+	n, err := r.blobs.ReadAt(ctx, name, p[:cap(p)], 0)
+	switch {
+	case n < packHeaderLen && errors.Is(err, io.EOF):
+		return nil, &CorruptError{name, fmt.Sprintf("%d bytes are no pack", n)}
+	case n < cap(p) && !errors.Is(err, io.EOF):
+		return nil, wrapRead(name, cmp.Or(err, io.ErrNoProgress))
+	}
+	return p[:n], nil
 }
 
 // readFull reads len(p) bytes. The error wraps blob.ErrNotFound if the object is
@@ -202,6 +242,10 @@ func (r *reader) record(ctx context.Context, ref Ref, kind packKind, dst func(ra
 
 // readEntry reads the record that e of x describes.
 func (r *reader) readEntry(ctx context.Context, x *packIndex, ref Ref, e packEntry, dst []byte) error {
+	if err := x.readable(ref); err != nil {
+		clear(dst)
+		return err
+	}
 	stored := dst
 	if e.codec != codecRaw {
 		buf := r.buffer(int(e.stored))
@@ -229,7 +273,7 @@ func (r *reader) buffer(n int) *[]byte {
 // ref. stored may be dst itself. After an error dst holds zeroes.
 func (r *reader) decode(x *packIndex, ref Ref, e packEntry, stored, dst []byte) error {
 	err := r.decodeUnchecked(x, ref, e, stored, dst)
-	if err == nil && sum(dst) != ref.Hash {
+	if err == nil && r.ids.sum(dst) != ref.Hash {
 		err = x.recordError(ref, "the content does not match its hash")
 	}
 	if err != nil {
@@ -239,17 +283,37 @@ func (r *reader) decode(x *packIndex, ref Ref, e packEntry, stored, dst []byte) 
 }
 
 func (r *reader) decodeUnchecked(x *packIndex, ref Ref, e packEntry, stored, dst []byte) error {
+	if err := x.readable(ref); err != nil {
+		return err
+	}
 	// The CRC sees damage that decompression would forgive.
 	if castagnoli(stored) != e.crc {
 		return x.recordError(ref, "the stored bytes do not match their checksum")
 	}
-	if e.codec == codecRaw {
+	how := e.codec & codecCompression
+	if x.seal != nil {
+		to := dst[:0:len(dst)]
+		if how != codecRaw {
+			// Not in its place: the same bytes may be wanted for another dst.
+			buf := r.buffer(len(stored))
+			defer r.bufs.Put(buf)
+			to = (*buf)[:0]
+		}
+		var err error
+		if stored, err = x.unseal(to, stored, ref.Ord, &e); err != nil {
+			return x.recordError(ref, err.Error())
+		}
+		if len(stored) == 0 || how == codecRaw && len(stored) != len(dst) {
+			return x.recordError(ref, errWrongLength.Error())
+		}
+	}
+	if how == codecRaw {
 		if &stored[0] != &dst[0] {
 			copy(dst, stored)
 		}
 		return nil
 	}
-	if err := r.codec.decompress(dst, stored, e.codec); err != nil {
+	if err := r.codec.decompress(dst, stored, how); err != nil {
 		return x.recordError(ref, err.Error())
 	}
 	return nil

@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/tidemark/tidemark/store/blob"
@@ -33,8 +34,9 @@ const (
 // Init makes a new repository and opens it. A location is a folder, "/path" or
 // "dir:/path", which is made if it is missing and must be empty; or a bucket with a prefix,
 // "s3:bucket/prefix" or "s3:https://host/bucket/prefix" (see [s3.Parse]): the bucket must exist, nothing must
-// lie below the prefix. The error wraps ErrExists if a repository or anything else is there.
-func Init(ctx context.Context, location string) (*Repo, error) {
+// lie below the prefix. The error wraps ErrExists if a repository or anything else is there. It is not
+// encrypted without the option [Encrypt].
+func Init(ctx context.Context, location string, opts ...Option) (*Repo, error) {
 	p, err := parseLocation(location)
 	if err != nil {
 		return nil, fmt.Errorf("init %s: %w", location, err)
@@ -43,28 +45,38 @@ func Init(ctx context.Context, location string) (*Repo, error) {
 	if err != nil {
 		return nil, fmt.Errorf("init %s: %w", location, err)
 	}
-	r, err := initOn(ctx, b, location)
+	r, err := initOn(ctx, b, location, opts...)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("init %s: %w", location, err), b.Close())
 	}
 	return r, nil
 }
 
-func initOn(ctx context.Context, b blob.Store, location string) (*Repo, error) {
+func initOn(ctx context.Context, b blob.Store, location string, opts ...Option) (*Repo, error) {
+	o := collect(opts)
+	if o.key != nil {
+		return nil, fmt.Errorf("%w: a new repository is given its key by Encrypt", ErrInvalid)
+	}
 	if _, err := readConfig(ctx, b); err == nil {
 		return nil, fmt.Errorf("a repository %w", ErrExists)
 	}
-	for info, err := range b.List(ctx, "") {
-		if err != nil {
-			return nil, err
-		}
-		return nil, fmt.Errorf("the place is not empty: %s %w", info.Name, ErrExists)
+	if err := clearPlace(ctx, b); err != nil {
+		return nil, err
 	}
 	var id [16]byte
 	_, _ = rand.Read(id[:]) // never fails
+	mode := encryptionNone
+	var keys *keyring
+	if o.new != nil {
+		mode = encryptionGCM
+		var err error
+		if keys, err = o.new.initKeys(ctx, b, id); err != nil {
+			return nil, err
+		}
+	}
 	doc, err := encodeConfig(config{
 		Format: configFormat, Version: configVersion, ID: fmt.Sprintf("%x", id),
-		Created: time.Now().UTC(), Hash: "blake3", Encryption: encryption{Mode: "none"},
+		Created: time.Now().UTC(), Hash: "blake3", Encryption: encryption{Mode: mode},
 	})
 	if err != nil {
 		return nil, err
@@ -80,13 +92,38 @@ func initOn(ctx context.Context, b blob.Store, location string) (*Repo, error) {
 		}
 		return nil, err
 	}
-	return openOn(ctx, b, location)
+	cfg, err := readConfig(ctx, b)
+	if err != nil {
+		return nil, err
+	}
+	return newRepo(b, location, cfg, keys)
+}
+
+// clearPlace makes sure that nothing is there but the keys of an init that was killed before
+// it had made a repository: nothing can have been stored with them.
+func clearPlace(ctx context.Context, b blob.Store) error {
+	var keys []string
+	for info, err := range b.List(ctx, "") {
+		if err != nil {
+			return err
+		}
+		if !strings.HasPrefix(info.Name, keyPrefix) {
+			return fmt.Errorf("the place is not empty: %s %w", info.Name, ErrExists)
+		}
+		keys = append(keys, info.Name)
+	}
+	for _, name := range keys {
+		if err := b.Delete(ctx, name); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Open opens a repository. The error wraps ErrNotRepository if there is none,
 // ErrVersion if it was made by a newer program, ErrCorrupt if its config is
-// damaged.
-func Open(ctx context.Context, location string) (*Repo, error) {
+// damaged, ErrKey if it is encrypted and no fitting key was given.
+func Open(ctx context.Context, location string, opts ...Option) (*Repo, error) {
 	p, err := parseLocation(location)
 	if err != nil {
 		return nil, openError(location, err)
@@ -95,7 +132,7 @@ func Open(ctx context.Context, location string) (*Repo, error) {
 	if err != nil {
 		return nil, openError(location, err)
 	}
-	r, err := openOn(ctx, b, location)
+	r, err := openOn(ctx, b, location, opts...)
 	if err != nil {
 		return nil, errors.Join(openError(location, err), b.Close())
 	}
@@ -110,16 +147,25 @@ func openError(location string, err error) error {
 }
 
 // openOn opens the repository in b, which the Repo then owns.
-func openOn(ctx context.Context, b blob.Store, location string) (*Repo, error) {
+func openOn(ctx context.Context, b blob.Store, location string, opts ...Option) (*Repo, error) {
 	cfg, err := readConfig(ctx, b)
 	if err != nil {
 		return nil, err
 	}
+	o := collect(opts)
+	keys, err := o.open(ctx, b, cfg)
+	if err != nil {
+		return nil, err
+	}
+	return newRepo(b, location, cfg, keys)
+}
+
+func newRepo(b blob.Store, location string, cfg config, keys *keyring) (*Repo, error) {
 	c, err := newCodec()
 	if err != nil {
 		return nil, err
 	}
-	rd, err := newReader(b, cfg.id(), c)
+	rd, err := newReader(b, cfg.id(), c, keys)
 	if err != nil {
 		c.close()
 		return nil, err
@@ -151,5 +197,5 @@ func (r *Repo) IsGrain(ref Ref, p []byte) bool {
 	if ref.IsZero() {
 		return isZero(p)
 	}
-	return sum(p) == ref.Hash
+	return r.ids.sum(p) == ref.Hash
 }

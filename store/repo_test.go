@@ -11,11 +11,11 @@ import (
 func TestInitThenOpen(t *testing.T) {
 	for _, prefix := range []string{"", "dir:"} {
 		loc := prefix + filepath.Join(t.TempDir(), "new", "repo")
-		r, err := Init(t.Context(), loc)
+		r, err := testInit(t.Context(), loc)
 		if err != nil {
 			t.Fatal(err)
 		}
-		o, err := Open(t.Context(), loc)
+		o, err := testOpen(t.Context(), loc)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -25,7 +25,7 @@ func TestInitThenOpen(t *testing.T) {
 		if err := errors.Join(r.Close(), o.Close()); err != nil {
 			t.Error(err)
 		}
-		if _, err := Init(t.Context(), loc); !errors.Is(err, ErrExists) {
+		if _, err := testInit(t.Context(), loc); !errors.Is(err, ErrExists) {
 			t.Errorf("second Init: %v", err)
 		}
 	}
@@ -36,7 +36,7 @@ func TestInitRefusesFolderInUse(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "letter.txt"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Init(t.Context(), dir); !errors.Is(err, ErrExists) {
+	if _, err := testInit(t.Context(), dir); !errors.Is(err, ErrExists) {
 		t.Errorf("Init: %v", err)
 	}
 }
@@ -47,7 +47,7 @@ func TestOpenWhatIsNoRepository(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, loc := range []string{empty, foreign, filepath.Join(empty, "none")} {
-		_, err := Open(t.Context(), loc)
+		_, err := testOpen(t.Context(), loc)
 		if !errors.Is(err, ErrNotRepository) || !strings.Contains(err.Error(), "tidemark init") {
 			t.Errorf("Open(%s): %v", loc, err)
 		}
@@ -56,10 +56,10 @@ func TestOpenWhatIsNoRepository(t *testing.T) {
 
 func TestInvalidLocations(t *testing.T) {
 	for _, loc := range []string{"s3:", "s3://host/bucket", "s3:https://host", "", "dir:", "ftp:x"} {
-		if _, err := Open(t.Context(), loc); !errors.Is(err, ErrInvalid) {
+		if _, err := testOpen(t.Context(), loc); !errors.Is(err, ErrInvalid) {
 			t.Errorf("Open(%q): %v", loc, err)
 		}
-		if _, err := Init(t.Context(), loc); !errors.Is(err, ErrInvalid) {
+		if _, err := testInit(t.Context(), loc); !errors.Is(err, ErrInvalid) {
 			t.Errorf("Init(%q): %v", loc, err)
 		}
 	}
@@ -85,27 +85,30 @@ func TestNewerVersionsAreToldFromDamage(t *testing.T) {
 		t.Errorf("encrypted config: %v", err)
 	}
 
-	b := newPackBuilder(nil, kindData, PackID{1}, r.repo)
+	load := func(b *packBuilder) error {
+		rd, err := newReader(&oneObject{nil, b.finish()}, r.repo, r.codec, r.keys)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = rd.index(t.Context(), b.id)
+		return err
+	}
+	b := builder(t, r, kindData, PackID{1})
 	b.buf[8] = 9
-	b.add([]byte("abc"), 3, codecRaw, sum([]byte("abc")))
-	obj := b.finish()
-	n := len(obj) - packFooterLen
-	if _, err := parsePackIndex(obj[:packHeaderLen], obj[n-packEntryLen:n], obj[n:], int64(len(obj)), PackID{1}, r.repo); !errors.Is(err, ErrVersion) {
+	b.add([]byte("abc"), 3, codecRaw, plainHasher.sum([]byte("abc")))
+	if err := load(b); !errors.Is(err, ErrVersion) {
 		t.Errorf("pack: %v", err)
 	}
-
-	b = newPackBuilder(nil, kindData, PackID{1}, r.repo)
-	b.add([]byte("abc"), 3, 0x10, sum([]byte("abc")))
-	obj = b.finish()
-	n = len(obj) - packFooterLen
-	if _, err := parsePackIndex(obj[:packHeaderLen], obj[n-packEntryLen:n], obj[n:], int64(len(obj)), PackID{1}, r.repo); !errors.Is(err, ErrVersion) {
-		t.Errorf("sealed record: %v", err)
+	b = builder(t, r, kindData, PackID{1})
+	b.add([]byte("abc"), 3, 0x20, plainHasher.sum([]byte("abc")))
+	if err := load(b); !errors.Is(err, ErrVersion) {
+		t.Errorf("record sealed in a newer way: %v", err)
 	}
 
 	body := []byte(`{"version":2,"new":true}`)
-	h := sum(body).String()
+	h := r.ids.sum(body).String()
 	n2 := PointName{VM: "a", ID: h[:16], Time: r.config.Created}
-	if _, err := decodePoint([]byte("tidemark-point 2 "+h+"\n"+string(body)), n2); !errors.Is(err, ErrVersion) {
+	if _, err := decodePoint([]byte("tidemark-point 2 "+h+"\n"+string(body)), r.pointObject(n2), n2, r.ids); !errors.Is(err, ErrVersion) {
 		t.Errorf("point: %v", err)
 	}
 }

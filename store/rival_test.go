@@ -18,7 +18,7 @@ type noLocks struct{ blob.Store }
 func withoutLocks(t *testing.T, h faultblob.Handler) *Repo {
 	t.Helper()
 	location := initAt(t)
-	r, err := openOn(t.Context(), faultblob.New(h).Over(noLocks{openPlain(t, location)}), location)
+	r, err := openOn(t.Context(), faultblob.New(h).Over(noLocks{openPlain(t, location)}), location, testKey()...)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -20,7 +20,7 @@ const (
 	MaxGrain = 1 << 20
 )
 
-// Hash is a BLAKE3-256 digest.
+// Hash is a BLAKE3-256 digest, keyed in an encrypted repository.
 type Hash [32]byte
 
 func (h Hash) String() string { return hex.EncodeToString(h[:]) }
@@ -185,5 +185,5 @@ type Stats struct {
 	Changed int64 `json:"changed"` // content that differs from the parent
 	Read    int64 `json:"read"`    // read from the source
 	New     int64 `json:"new"`     // grains not in the repository before, uncompressed
-	Stored  int64 `json:"stored"`  // written to packs, data and map
+	Stored  int64 `json:"stored"`  // written to packs, data and map, without the padding of encrypted ones
 }

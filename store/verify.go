@@ -49,7 +49,7 @@ func (r *VerifyReport) OK() bool { return len(r.Problems) == 0 }
 // progress may be nil; it is called from one goroutine at a time with the bytes
 // of disk dealt with and to deal with.
 func (r *Repo) Verify(ctx context.Context, p *Point, full bool, progress func(done, total int64)) (VerifyReport, error) {
-	fresh, err := newReader(r.blobs, r.repo, r.codec)
+	fresh, err := newReader(r.blobs, r.repo, r.codec, r.keys)
 	if err != nil {
 		return VerifyReport{}, err
 	}
@@ -65,7 +65,7 @@ func (r *Repo) Verify(ctx context.Context, p *Point, full bool, progress func(do
 		if ctx.Err() != nil {
 			return v.report, ctx.Err()
 		}
-		v.problem(Problem{Object: p.Name().object(), What: err.Error()})
+		v.problem(Problem{Object: r.pointObject(p.Name()), What: err.Error()})
 	}
 	for i := range p.Disks {
 		v.total += p.Disks[i].Root.Size
@@ -93,7 +93,7 @@ type verifier struct {
 
 func (v *verifier) disk(ctx context.Context, d *Disk) error {
 	if err := d.Root.validate(); err != nil {
-		v.problem(Problem{Object: v.report.Point.object(), Disk: d.Name, Len: max(d.Root.Size, 0), What: err.Error()})
+		v.problem(Problem{Object: v.r.pointObject(v.report.Point), Disk: d.Name, Len: max(d.Root.Size, 0), What: err.Error()})
 		return nil
 	}
 	defer v.tidy(len(v.report.Problems))

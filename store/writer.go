@@ -1,7 +1,6 @@
 package store
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -47,12 +46,16 @@ func (r *Repo) Begin(ctx context.Context, vm string) (_ *Writer, err error) {
 	if err := ValidVM(vm); err != nil {
 		return nil, err
 	}
+	// What is written from now on is sealed with the newest keys.
+	if err := r.keys.refresh(ctx, r.blobs); err != nil {
+		return nil, fmt.Errorf("backup of %s: %w", vm, err)
+	}
 	w := &Writer{
 		repo: r, vm: vm, session: newSession(), disks: map[string]*DiskWriter{},
 		unlock: func() error { return nil },
 	}
 	if l, ok := r.blobs.(blob.Locker); ok {
-		if w.unlock, err = l.Lock(ctx, "vm-"+vm); err != nil {
+		if w.unlock, err = l.Lock(ctx, "vm-"+r.folder(vm)); err != nil {
 			return nil, fmt.Errorf("backup of %s: %w", vm, err)
 		}
 		w.locked = true
@@ -164,7 +167,7 @@ func (w *Writer) commit(ctx context.Context, p Point) (*Point, error) {
 	if err := p.validate(); err != nil {
 		return nil, err
 	}
-	doc, id, err := encodePoint(&p)
+	doc, id, err := encodePoint(&p, w.repo.ids)
 	if err != nil {
 		return nil, err
 	}
@@ -172,8 +175,7 @@ func (w *Writer) commit(ctx context.Context, p Point) (*Point, error) {
 	if err := w.rival(ctx); err != nil {
 		return nil, err
 	}
-	name := p.Name().object()
-	if err := w.repo.blobs.Put(ctx, name, bytes.NewReader(doc), int64(len(doc))); err != nil {
+	if err := w.repo.putDoc(ctx, w.repo.pointObject(p.Name()), doc); err != nil {
 		return nil, err
 	}
 	return &p, nil

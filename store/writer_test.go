@@ -498,7 +498,7 @@ func TestDamagedNewestPointIsPassedOver(t *testing.T) {
 	r := testRepo(t)
 	p1 := backup(t, r, DiskOptions{Size: 1 << 20}, write{0, noise(1, k64)})
 	p2 := backup(t, r, DiskOptions{Size: 1 << 20}, write{0, noise(2, k64)})
-	flip(t, filepath.Join(r.Location(), p2.Name().object()), 1000)
+	flip(t, filepath.Join(r.Location(), r.pointObject(p2.Name())), 1000)
 	w, err := r.Begin(t.Context(), "a")
 	if err != nil {
 		t.Fatal(err)

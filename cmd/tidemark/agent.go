@@ -51,7 +51,11 @@ least. What it finds is logged as an error, and counted in tidemark_audit_mismat
 			if err != nil {
 				return err
 			}
-			repo, err := store.Open(c.Context(), cfg.Repository)
+			opts, err := g.keyOptions()
+			if err != nil {
+				return err
+			}
+			repo, err := store.Open(c.Context(), cfg.Repository, opts...)
 			if err != nil {
 				return err
 			}

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 
 	"github.com/spf13/cobra"
 
@@ -23,7 +22,11 @@ func (g *globals) open(ctx context.Context) (*store.Repo, error) {
 	if err != nil {
 		return nil, err
 	}
-	return store.Open(ctx, where)
+	opts, err := g.keyOptions()
+	if err != nil {
+		return nil, err
+	}
+	return store.Open(ctx, where, opts...)
 }
 
 // cacheBytes bounds the decoded grains that a reading command keeps.
@@ -34,12 +37,17 @@ func (g *globals) catalog(ctx context.Context) (*restore.Catalog, *store.Repo, e
 	if err != nil {
 		return nil, nil, err
 	}
+	if err := r.CanRead(); err != nil {
+		return nil, nil, errors.Join(err, r.Close())
+	}
 	return restore.NewCatalog(r, restore.NewCache(cacheBytes)), r, nil
 }
 
 func newInit(g *globals) *cobra.Command {
-	return &cobra.Command{
-		Use:   "init -r REPO",
+	var encrypt bool
+	var keyFile string
+	c := &cobra.Command{
+		Use:   "init [--encrypt [--new-key-file FILE]] -r REPO",
 		Short: "Make a repository",
 		Long: `Make a repository: in a directory, which is made if it is missing, or in S3-compatible
 storage:
@@ -53,8 +61,15 @@ AWS_CA_BUNDLE, ~/.aws. Options follow a question mark: region=R, profile=P,
 ca-file=PEM, style=path|virtual (how requests name the bucket).
 
 The storage must heed If-None-Match on writes; init finds out. A key that may list,
-read and create objects is enough for backups: they delete and replace nothing.`,
+read and create objects is enough for backups: they delete and replace nothing.
+
+With --encrypt nobody reads or changes what is in it without a key; the
+first key is a passphrase ($TIDEMARK_PASSPHRASE, --passphrase-file, or asked for on the
+terminal), or the file that --new-key-file makes. A repository is encrypted from
+the beginning or never. If all its keys are lost, so is all content: "tidemark repo key export"
+makes a copy of them.`,
 		Example: `  tidemark init -r /srv/backup
+  tidemark init --encrypt -r /srv/backup
   tidemark init -r s3:my-bucket/tidemark
   tidemark init -r 's3:https://minio.example.com:9000/backup/vms?ca-file=/etc/ssl/minio.pem'`,
 		Args: args(0, 0),
@@ -63,18 +78,73 @@ read and create objects is enough for backups: they delete and replace nothing.`
 			if err != nil {
 				return err
 			}
-			r, err := store.Init(c.Context(), where)
+			var r *store.Repo
+			switch {
+			case keyFile != "":
+				err = writeNew(keyFile, func() (b []byte, err error) {
+					r, b, err = initWithKeyFile(c.Context(), where)
+					return b, err
+				})
+			case encrypt:
+				r, err = g.initWithPassphrase(c.Context(), where)
+			default:
+				var key store.Key
+				if key, err = g.key(); err == nil && key != nil {
+					err = usageError{errors.New("a key was given: say --encrypt, or give none")}
+				}
+				if err == nil {
+					r, err = store.Init(c.Context(), where)
+				}
+			}
+			if r != nil {
+				defer func() { err = errors.Join(err, r.Close()) }()
+			}
 			if err != nil {
 				return err
 			}
-			defer func() { err = errors.Join(err, r.Close()) }()
-			if g.json {
-				return printJSON(c.OutOrStdout(), map[string]string{"repository": r.Location(), "id": r.ID()})
+			how := ""
+			if r.Encrypted() {
+				how = ", encrypted"
 			}
-			if !g.quiet {
-				_, err = fmt.Fprintf(c.OutOrStdout(), "repository %s made at %s\n", r.ID(), r.Location())
-			}
-			return err
+			return g.say(c, map[string]any{"repository": r.Location(), "id": r.ID(), "encrypted": r.Encrypted()}, "repository %s made at %s%s", r.ID(), r.Location(), how)
 		},
 	}
+	c.Flags().BoolVar(&encrypt, "encrypt", false, "encrypt it")
+	c.Flags().StringVar(&keyFile, "new-key-file", "", "encrypt it, with a key file that is made here instead of a passphrase")
+	return c
+}
+
+func (g *globals) initWithPassphrase(ctx context.Context, where string) (*store.Repo, error) {
+	key, err := g.key()
+	if err != nil {
+		return nil, err
+	}
+	p, ok := key.(store.Passphrase)
+	switch {
+	case key != nil && !ok:
+		return nil, usageError{errors.New("a new repository begins with a passphrase or with --new-key-file; `tidemark repo key add --public-key` adds a key file that is there")}
+	case key == nil:
+		if p, err = newPassphrase(""); err != nil {
+			return nil, err
+		}
+	}
+	return store.Init(ctx, where, store.Encrypt(store.NewKey{Role: store.FullKey, Passphrase: p}))
+}
+
+// initWithKeyFile also returns the text of the file.
+func initWithKeyFile(ctx context.Context, where string) (*store.Repo, []byte, error) {
+	f, err := store.NewKeyFile()
+	if err != nil {
+		return nil, nil, err
+	}
+	public, err := store.ParsePublicKey(f.Public())
+	if err != nil {
+		return nil, nil, err
+	}
+	r, err := store.Init(ctx, where, store.Encrypt(store.NewKey{Role: store.FullKey, Public: public}))
+	if err != nil {
+		return nil, nil, err
+	}
+	b, err := encodeTrusting(f, r)
+	return r, b, err
 }

@@ -18,6 +18,9 @@ type globals struct {
 	quiet bool
 	pins  string
 	state string // directory
+
+	keyFile        string
+	passphraseFile string
 }
 
 func newRoot() *cobra.Command {
@@ -41,6 +44,8 @@ mounted, exported over NBD and booted at once.`,
 	})
 	f := root.PersistentFlags()
 	f.StringVarP(&g.repo, "repo", "r", os.Getenv("TIDEMARK_REPO"), "repository: a directory, or s3:BUCKET/PREFIX or s3:https://HOST/BUCKET/PREFIX (default $TIDEMARK_REPO)")
+	f.StringVar(&g.keyFile, "key-file", "", "key file of an encrypted repository (default $TIDEMARK_KEY_FILE)")
+	f.StringVar(&g.passphraseFile, "passphrase-file", "", "file whose first line is the passphrase of an encrypted repository (default $TIDEMARK_PASSPHRASE_FILE; or $TIDEMARK_PASSPHRASE itself)")
 	f.BoolVar(&g.json, "json", false, "print JSON")
 	f.BoolVarP(&g.quiet, "quiet", "q", false, "print errors only")
 	f.StringVar(&g.pins, "pin-dir", "", "directory in bpffs where the tracker is pinned")
@@ -58,7 +63,7 @@ mounted, exported over NBD and booted at once.`,
 			root.AddCommand(c)
 		}
 	}
-	add("backup", newInit(g), newBackup(g), newAudit(g), newAgent(g))
+	add("backup", newInit(g), newRepo(g), newBackup(g), newAudit(g), newAgent(g))
 	add("use", newPoints(g), newMount(g), newExport(g), newRestore(g), newVerify(g))
 	add("host", newDoctor(g), newTrack(g), newUntrack(g), newSuspend(g), newStatus(g), newHeat(g))
 	root.AddCommand(newVersion(g), newWatchdog(), newExitCodes())
@@ -124,6 +129,7 @@ func newExitCodes() *cobra.Command {
     5   damage was found in the repository
     6   ALARM: an audit found a change that the tracker had not recorded
     7   an audit had nothing to compare with: no point, or no tracking that goes on from it
+    8   the repository is encrypted, and no key was given that opens it or may do this
   130   interrupted by a signal`,
 	}
 }

@@ -25,6 +25,11 @@ its hash. --quick checks that all that is needed is there, without reading the d
 				return err
 			}
 			defer func() { err = errors.Join(err, repo.Close()) }()
+			if !quick {
+				if err := repo.CanRead(); err != nil {
+					return err
+				}
+			}
 			points, err := pointsToVerify(c, repo, a)
 			if err != nil {
 				return err
