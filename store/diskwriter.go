@@ -173,9 +173,9 @@ func (d *DiskWriter) Write(ctx context.Context, off int64, p []byte) error {
 	if err := d.w.data.failed(); err != nil {
 		return err
 	}
-	g, n := int64(d.opt.Grain), int64(len(p))
-	if off < 0 || off%g != 0 || n > d.shape.Size || off > d.shape.Size-n || n%g != 0 && off+n != d.shape.Size {
-		return fmt.Errorf("%w: write of [%d, %d) to a disk of %d bytes with grains of %d", ErrInvalid, off, off+n, d.shape.Size, g)
+	g := int64(d.opt.Grain)
+	if err := d.validRange(off, int64(len(p))); err != nil {
+		return err
 	}
 	for n := off / g; len(p) > 0; n++ {
 		b := p[:min(g, int64(len(p)))]
@@ -184,10 +184,23 @@ func (d *DiskWriter) Write(ctx context.Context, off int64, p []byte) error {
 			b = append(make([]byte, 0, g), b...)[:g]
 		}
 		if err := d.writeGrain(ctx, n, b); err != nil {
-			return fmt.Errorf("write grain %d of disk %s: %w", n, d.opt.Name, err)
+			return d.failed(n, err)
 		}
 	}
 	return nil
+}
+
+// validRange tells whether n bytes at off are whole grains of the disk.
+func (d *DiskWriter) validRange(off, n int64) error {
+	g := int64(d.opt.Grain)
+	if off < 0 || off%g != 0 || n > d.shape.Size || off > d.shape.Size-n || n%g != 0 && off+n != d.shape.Size {
+		return fmt.Errorf("%w: write of [%d, %d) to a disk of %d bytes with grains of %d", ErrInvalid, off, off+n, d.shape.Size, g)
+	}
+	return nil
+}
+
+func (d *DiskWriter) failed(grain int64, err error) error {
+	return fmt.Errorf("write grain %d of disk %s: %w", grain, d.opt.Name, err)
 }
 
 // writeGrain sets one whole grain.

@@ -18,7 +18,8 @@ var errFinished = fmt.Errorf("%w: the backup is committed, aborted or broken alr
 //
 // Memory: the packs being filled and uploaded (at most 3 data packs of 32 MiB and 3
 // node packs of 8 MiB), the session's deduplication (at most about 70 MiB), per
-// disk what [DiskWriter] says.
+// disk what [DiskWriter] says. More than two Writers of one Repo share what two would
+// use of packs and deduplication, down to 3 data packs of 1 MiB each.
 type Writer struct {
 	repo   *Repo
 	vm     string
@@ -33,10 +34,11 @@ type Writer struct {
 
 	use sync.RWMutex // held shared by writes, exclusively by Commit and Abort
 
-	mu    sync.Mutex
-	ended bool
-	disks map[string]*DiskWriter
-	full  *dedupIndex // built when a disk asks for it
+	mu       sync.Mutex
+	ended    bool
+	released bool
+	disks    map[string]*DiskWriter
+	full     *dedupIndex // built when a disk asks for it
 }
 
 // Begin starts a backup of vm and takes the VM's lock if the backend has locks;
@@ -48,7 +50,7 @@ func (r *Repo) Begin(ctx context.Context, vm string) (_ *Writer, err error) {
 		return nil, err
 	}
 	w := &Writer{
-		repo: r, vm: vm, session: newSession(), disks: map[string]*DiskWriter{},
+		repo: r, vm: vm, session: newSession(&r.share), disks: map[string]*DiskWriter{},
 		unlock: func() error { return nil },
 	}
 	if l, ok := r.blobs.(blob.Locker); ok {
@@ -60,6 +62,7 @@ func (r *Repo) Begin(ctx context.Context, vm string) (_ *Writer, err error) {
 	if err := w.findParent(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("backup of %s: %w", vm, err), w.unlock())
 	}
+	r.share.writers.Add(1)
 	w.data = newPackWriter(r, kindData, r.dataPackLen)
 	w.nodes = newPackWriter(r, kindNode, r.nodePackLen)
 	return w, nil
@@ -258,8 +261,11 @@ func (w *Writer) close() {
 
 func (w *Writer) release() error {
 	w.mu.Lock()
-	unlock := w.unlock
-	w.unlock = func() error { return nil }
+	unlock, first := w.unlock, !w.released
+	w.unlock, w.released = func() error { return nil }, true
 	w.mu.Unlock()
+	if first {
+		w.repo.share.writers.Add(-1)
+	}
 	return unlock()
 }
