@@ -22,6 +22,10 @@ type DiskOptions struct {
 	// looked for at its own place in the parent and in this backup.
 	Dedup bool
 
+	// Resume goes on from a checkpoint: what is not written keeps the content that it had there. It must
+	// be of the Writer's own [Writer.Unfinished], with the same grain and size.
+	Resume *PartialDisk
+
 	// Fresh begins with an empty map whatever the parent holds: for a parent that
 	// is damaged.
 	Fresh bool
@@ -111,7 +115,26 @@ func (w *Writer) dedupIndex(ctx context.Context) (*dedupIndex, error) {
 	return full, nil
 }
 
+// resume makes the disk continue from a checkpoint, and count from what it had counted.
+func (d *DiskWriter) resume(p *PartialDisk) error {
+	if p.Name != d.opt.Name || p.Root.Size != d.shape.Size || p.Root.Grain != d.shape.Grain {
+		return fmt.Errorf("%w: the checkpoint is of disk %s, %d bytes, grains of %d", ErrInvalid, p.Name, p.Root.Size, p.Root.Grain)
+	}
+	m, err := d.w.repo.Map(p.Root)
+	if err != nil {
+		return err
+	}
+	d.parent = m
+	d.changed.Store(p.Stats.Changed)
+	d.fresh.Store(p.Stats.New)
+	d.stored.Store(p.Stats.Stored)
+	return nil
+}
+
 func (d *DiskWriter) continueParent(ctx context.Context) error {
+	if d.opt.Resume != nil {
+		return d.resume(d.opt.Resume)
+	}
 	if d.w.parent == nil || d.opt.Fresh {
 		return nil
 	}

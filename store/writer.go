@@ -218,27 +218,40 @@ func (w *Writer) fillPoint(p *Point) error {
 }
 
 func (w *Writer) buildMaps(ctx context.Context, disks []Disk) error {
+	roots, err := w.buildRoots(ctx)
+	if err != nil {
+		return err
+	}
+	for i := range disks {
+		d := &disks[i]
+		d.Root = roots[d.Name]
+		read := d.Stats.Read
+		d.Stats = w.disks[d.Name].Stats()
+		d.Stats.Read = read
+	}
+	return nil
+}
+
+// buildRoots adds the maps of all disks, as they are now, to node packs. No write may run.
+func (w *Writer) buildRoots(ctx context.Context) (map[string]Root, error) {
 	// Leaves that were sealed and then written again are read back.
 	for _, d := range w.disks {
 		if d.rewritten() {
 			if err := w.nodes.flush(ctx); err != nil {
-				return err
+				return nil, err
 			}
 			break
 		}
 	}
-	for i := range disks {
-		d := w.disks[disks[i].Name]
+	roots := map[string]Root{}
+	for name, d := range w.disks {
 		root, err := d.build(ctx)
 		if err != nil {
-			return fmt.Errorf("disk %s: %w", disks[i].Name, err)
+			return nil, fmt.Errorf("disk %s: %w", name, err)
 		}
-		disks[i].Root = root
-		read := disks[i].Stats.Read
-		disks[i].Stats = d.Stats()
-		disks[i].Stats.Read = read
+		roots[name] = root
 	}
-	return nil
+	return roots, nil
 }
 
 // Abort ends the Writer without a point: it waits for running writes, stops
