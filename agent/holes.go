@@ -18,8 +18,14 @@ var holey = []int64{unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.TMPFS_MAGI
 // zeroes there. Of devices, and on other file systems, none are. It saves reading and
 // proves nothing: what is written into a hole later is a change like any other.
 func (d *device) holes(x cbt.Extents, unit int64) (cbt.Extents, error) {
+	if !d.file {
+		return nil, nil
+	}
 	var st unix.Statfs_t
-	if !d.file || unix.Fstatfs(int(d.f.Fd()), &st) != nil || !slices.Contains(holey, st.Type) {
+	if err := unix.Fstatfs(int(d.f.Fd()), &st); err != nil {
+		return nil, fmt.Errorf("file system of %s: %w", d.path, err)
+	}
+	if !slices.Contains(holey, st.Type) {
 		return nil, nil
 	}
 	var out cbt.Extents

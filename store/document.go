@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"strings"
 )
@@ -68,21 +67,4 @@ func (r *Repo) document(ctx context.Context, name, kind string, v any) error {
 		return err
 	}
 	return decodeDocument(name, kind, doc, v)
-}
-
-// removed deletes an object, or finds it deleted.
-func (r *Repo) removed(ctx context.Context, name string) error {
-	if err := r.blobs.Delete(ctx, name); err != nil && !errors.Is(err, ErrNotFound) {
-		return err
-	}
-	return nil
-}
-
-// exists tells whether there is an object of that name.
-func (r *Repo) exists(ctx context.Context, name string) (bool, error) {
-	_, err := r.blobs.Stat(ctx, name)
-	if errors.Is(err, ErrNotFound) {
-		return false, nil
-	}
-	return err == nil, err
 }

@@ -147,7 +147,7 @@ func TestCheckpointThatCannotBeUsed(t *testing.T) {
 		"another parent": {func(t *testing.T, r *Repo, _ string) {
 			backup(t, r, DiskOptions{Size: 4 << 20}, write{0, image})
 		}, ""},
-		"expired": {func(t *testing.T, r *Repo, dir string) {
+		"expired": {func(t *testing.T, r *Repo, _ string) {
 			p, err := r.newestPartial(t.Context(), "a")
 			if err != nil {
 				t.Fatal(err)
@@ -195,7 +195,7 @@ func TestCheckpointThatCannotBeUsed(t *testing.T) {
 
 func TestCheckpointChecksItsArguments(t *testing.T) {
 	r := testRepo(t)
-	part(t, r, 1<<20, func(w *Writer, d *DiskWriter, _ *Partial) {
+	part(t, r, 1<<20, func(w *Writer, _ *DiskWriter, _ *Partial) {
 		for _, bad := range [][]PartialDisk{
 			nil, {{Name: "disk1"}}, {{Name: "disk0"}, {Name: "disk0"}},
 			{{Name: "disk0", Covered: []Covered{{1, k64}}}}, {{Name: "disk0", Covered: []Covered{{0, 2 << 20}}}},
