@@ -7,7 +7,7 @@ LINT     = $(GO) tool -modfile=tools/go.mod golangci-lint
 FUZZTIME ?= 30s
 comma := ,
 
-.PHONY: all build demo test deps generate check-generate lint unit fuzz bench bench-tracking bench-tracking-vm bench-incremental bench-scale truth campaign vmtest vmtest-files matrix model clean help
+.PHONY: all build demo test deps generate check-generate lint unit fuzz bench bench-tracking bench-tracking-vm bench-incremental bench-repository bench-scale truth campaign vmtest vmtest-files matrix model clean help
 
 all: build
 
@@ -82,6 +82,11 @@ bench-scale: build ## 1,000 points of a disk of 16 TiB: requests, metadata, memo
 	mkdir -p bin
 	$(GO) build -o bin/scalebench ./test/bench/scalebench
 	bin/scalebench -tidemark bin/tidemark $(BENCHFLAGS)
+
+bench-repository: build ## a full backup, its repository, restore and random reads beside restic, borg and cp (BENCHDIR=, BENCHFLAGS=)
+	test/deps.sh run bench
+	$(GO) build -o bin/repobench ./test/bench/repobench
+	bin/repobench -tidemark bin/tidemark $(if $(BENCHDIR),-dir $(BENCHDIR)) $(BENCHFLAGS)
 
 truth: ## the truth test for longer: EPOCHS swaps (default 5000)
 	TIDEMARK_TRUTH_EPOCHS=$${EPOCHS:-5000} $(GO) test -count 1 -timeout 2h -v -run 'TestTruth$$' ./cbt

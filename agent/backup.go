@@ -36,6 +36,14 @@ type Job struct {
 	// AllowInconsistent accepts a point that shows no single instant.
 	AllowInconsistent bool
 
+	// Limits are for this backup alone, Shared is what it shares with others; its own if nil.
+	Limits Limits
+	Shared *Pipeline
+
+	// Checkpoint is how often it is noted how far the backup has come, so that the next one can go on
+	// from there if this one is interrupted; DefaultCheckpoint if 0, never if negative.
+	Checkpoint time.Duration
+
 	// Grain in bytes for disks that have no point yet; store.DefaultGrain if 0.
 	Grain int
 
@@ -75,6 +83,7 @@ type disk struct {
 	out      *store.DiskWriter
 	at       cbt.ChangeID // everything up to here has been handed to out, or is in pending
 	pending  cbt.Extents  // changed, not read yet
+	written  written      // of pending
 	grain    int64        // bytes
 	read     int64        // bytes
 	tracking store.Tracking
@@ -93,6 +102,9 @@ func (j Job) Run(ctx context.Context) (Result, error) {
 	}
 	if j.PauseBudget <= 0 {
 		j.PauseBudget = DefaultPauseBudget
+	}
+	if j.Shared == nil {
+		j.Shared = NewPipeline(Limits{})
 	}
 	r, err := j.run(ctx, nil)
 	if errors.Is(err, store.ErrCorrupt) && r.Point == nil {
@@ -119,7 +131,7 @@ func (j Job) run(ctx context.Context, damage error) (_ Result, err error) {
 	if err != nil {
 		return Result{}, err
 	}
-	c, err := j.converge(ctx, disks, users)
+	c, err := j.converge(ctx, disks, users, newCheckpoints(w, j.Checkpoint))
 	if err != nil {
 		return Result{}, err
 	}
@@ -158,18 +170,31 @@ func (d *disk) close() error {
 // open opens the disks, decides for each from where to count changes, and begins its first epoch.
 // It finds out who uses them: while that is looked for in /proc, the kernel waits for grace periods.
 func (j Job) open(ctx context.Context, w *store.Writer, damage error) ([]*disk, []user, error) {
+	way := &lane{Pipeline: j.Shared, own: newThrottle(j.Limits)}
 	var disks []*disk
+	var left *store.Partial
+	var lost string
+	if damage == nil {
+		var err error
+		if left, lost, err = w.Unfinished(ctx); err != nil {
+			return nil, nil, err
+		}
+	}
 	for i, path := range j.Disks {
 		dev, err := openDevice(path)
 		if err != nil {
 			return disks, nil, err
 		}
+		dev.lane = way
 		d := &disk{device: dev, name: fmt.Sprintf("disk%d", i)}
 		disks = append(disks, d)
 		if d.src, err = j.Source(ctx, path); err != nil {
 			return disks, nil, err
 		}
-		if err := j.begin(ctx, d, w, damage); err != nil {
+		if lost != "" {
+			d.tracking.Reasons = append(d.tracking.Reasons, "an interrupted backup can't be taken up: "+lost)
+		}
+		if err := j.begin(ctx, d, w, damage, left); err != nil {
 			return disks, nil, err
 		}
 	}
@@ -184,6 +209,9 @@ func (j Job) open(ctx context.Context, w *store.Writer, damage error) ([]*disk, 
 		return disks, nil, err
 	}
 	for i, d := range disks {
+		if len(d.unknown) > 0 && !d.tracking.Resumed.IsZero() {
+			d.tracking.Reasons = append(d.tracking.Reasons, "what changed since the checkpoint is not known: all of it was read again")
+		}
 		d.held(users, i)
 	}
 	return disks, users, nil
@@ -198,7 +226,7 @@ func devices(disks []*disk) []*device {
 }
 
 // begin opens d's part of the point.
-func (j Job) begin(ctx context.Context, d *disk, w *store.Writer, damage error) error {
+func (j Job) begin(ctx context.Context, d *disk, w *store.Writer, damage error, left *store.Partial) error {
 	before := previous(w.Parent(), d.name)
 	o := store.DiskOptions{Name: d.name, Source: d.path, Size: d.size, Grain: j.Grain, Dedup: true}
 	if before != nil {
@@ -217,6 +245,10 @@ func (j Job) begin(ctx context.Context, d *disk, w *store.Writer, damage error) 
 	for _, bad := range w.Unreadable() {
 		d.tracking.Reasons = append(d.tracking.Reasons, "a newer point was passed over: "+bad.Error())
 	}
+	if p := left.Disk(d.name); d.fits(p, o.Grain) {
+		o.Resume, o.Grain = p, p.Root.Grain
+		d.takeUp(p, left.Time)
+	}
 	if o.Grain == 0 {
 		o.Grain = store.DefaultGrain
 	}
@@ -224,6 +256,9 @@ func (j Job) begin(ctx context.Context, d *disk, w *store.Writer, damage error) 
 	var err error
 	if d.out, err = w.Disk(ctx, o); err != nil {
 		return err
+	}
+	if o.Resume != nil {
+		return nil
 	}
 	d.tracking.Mode = "full"
 	switch {

@@ -20,7 +20,15 @@ type Config struct {
 	// TrustSavedState takes it for granted that no other system wrote to the disks between
 	// suspend and the next start.
 	TrustSavedState bool `yaml:"trust_saved_state"`
+
+	Parallel  int    `yaml:"parallel"`   // backups at once; DefaultParallel if 0
+	LimitRate string `yaml:"limit_rate"` // of all backups together, as ParseRate reads it; no limit if empty
+	LimitIOPS int64  `yaml:"limit_iops"` // of all backups together; no limit if 0
+	IONice    string `yaml:"ionice"`     // as ParseIOPriority reads it; unchanged if empty
 }
+
+// DefaultParallel is how many backups an agent runs at once.
+const DefaultParallel = 16
 
 // VMConfig is one VM to back up.
 type VMConfig struct {
@@ -30,6 +38,8 @@ type VMConfig struct {
 	Quiesce     string        `yaml:"quiesce"`      // as on the command line; auto if empty
 	PauseBudget time.Duration `yaml:"pause_budget"` // DefaultPauseBudget if 0
 	Audit       *AuditConfig  `yaml:"audit"`        // nil: none
+	LimitRate   string        `yaml:"limit_rate"`   // of this VM's backups, besides the common limit
+	LimitIOPS   int64         `yaml:"limit_iops"`
 }
 
 // ErrConfig is wrapped when a configuration can't be used.
@@ -81,6 +91,17 @@ func (c Config) check() error {
 	if c.Retry < 0 {
 		return errors.New("retry is negative")
 	}
+	if c.Parallel < 0 {
+		return errors.New("parallel is negative")
+	}
+	if _, err := parseLimits(c.LimitRate, c.LimitIOPS); err != nil {
+		return err
+	}
+	if c.IONice != "" {
+		if _, err := ParseIOPriority(c.IONice); err != nil {
+			return fmt.Errorf("ionice: %w", err)
+		}
+	}
 	seen := map[string]bool{}
 	for _, vm := range c.VMs {
 		if err := store.ValidVM(vm.Name); err != nil {
@@ -102,9 +123,25 @@ func (c Config) check() error {
 		if _, err := ParseQuiesce(vm.Quiesce); err != nil {
 			return fmt.Errorf("vm %s: %w", vm.Name, err)
 		}
+		if _, err := parseLimits(vm.LimitRate, vm.LimitIOPS); err != nil {
+			return fmt.Errorf("vm %s: %w", vm.Name, err)
+		}
 		if err := vm.Audit.check(); err != nil {
 			return fmt.Errorf("vm %s: audit: %w", vm.Name, err)
 		}
 	}
 	return nil
+}
+
+// parseLimits reads a rate, which may be empty, and a number of reads a second.
+func parseLimits(bytes string, iops int64) (l Limits, err error) {
+	if bytes != "" {
+		if l.BytesPerSecond, err = ParseRate(bytes); err != nil {
+			return l, fmt.Errorf("limit_rate: %w", err)
+		}
+	}
+	if l.IOPS = iops; iops < 0 {
+		return l, errors.New("limit_iops is negative")
+	}
+	return l, nil
 }

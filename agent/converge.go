@@ -26,6 +26,9 @@ type outcome struct {
 // maxHeld bounds the memory that the last round may take, in bytes.
 const maxHeld = 256 << 20
 
+// leastHeld is what a pause may always hold, in bytes.
+const leastHeld = 32 << 20
+
 // minWatch is how long a pause may at least last before the watchdog ends it.
 const minWatch = 3 * time.Second
 
@@ -41,13 +44,15 @@ type convergence struct {
 	unknown []string      // why the last round's extents could not be proven
 	worst   time.Duration // what the last failed pause would have needed
 	meter   meter
+	notes   *checkpoints
+	mayHold int64 // bytes that the pause may read into memory
 }
 
 // converge reads what changed, round after round, until the disks show one
 // instant: because nothing was written between two swaps, or because the
 // guest stood still for the last round.
-func (j Job) converge(ctx context.Context, disks []*disk, users []user) (_ outcome, err error) {
-	c := &convergence{job: j, disks: disks, meter: meter{report: j.Progress}}
+func (j Job) converge(ctx context.Context, disks []*disk, users []user, notes *checkpoints) (_ outcome, err error) {
+	c := &convergence{job: j, disks: disks, meter: meter{report: j.Progress}, notes: notes}
 	if c.pauser, c.chosen, err = j.Quiesce.pauser(devices(disks), users); err != nil {
 		return outcome{}, err
 	}
@@ -231,15 +236,33 @@ func (c *convergence) swapAll(ctx context.Context) error {
 func (c *convergence) readRunning(ctx context.Context) error {
 	c.meter.start(Progress{Round: c.quiesce.Rounds, Total: c.pending(), Phase: "reading"})
 	for _, d := range c.disks {
-		err := d.device.read(ctx, d.pending, func(ctx context.Context, off int64, p []byte) error {
-			defer c.meter.add(int64(len(p)))
-			return d.out.Write(ctx, off, p)
+		holes, err := d.holes(d.pending, d.grain)
+		if err != nil {
+			return err
+		}
+		for _, h := range holes {
+			if err := d.out.Zero(ctx, h.Off, h.Len); err != nil {
+				return err
+			}
+			c.meter.add(h.Len)
+			d.written.add(h.Off, h.Len)
+		}
+		data := without(d.pending, holes)
+		err = d.device.read(ctx, data, func(ctx context.Context, off int64, p []byte) error {
+			if err := d.out.Write(ctx, off, p); err != nil {
+				return err
+			}
+			n := int64(len(p))
+			c.meter.add(n)
+			d.written.add(off, n)
+			return c.notes.stored(ctx, n, c.disks)
 		})
 		if err != nil {
 			return err
 		}
-		d.read += d.pending.Bytes()
+		d.read += data.Bytes()
 		d.pending = nil
+		d.written.clear()
 	}
 	return nil
 }
@@ -258,6 +281,13 @@ func (c *convergence) pause(ctx context.Context) (ok bool, err error) {
 	c.quiesce.Rounds++
 	total := c.quiesce.Paused
 	c.meter.start(Progress{Round: c.quiesce.Rounds, Total: c.pending(), Phase: "paused"})
+	// As much again may change until the guest stands still.
+	c.mayHold = min(maxHeld, 2*c.pending()+leastHeld)
+	letGo, err := c.disks[0].lane.hold(ctx, c.mayHold)
+	if err != nil {
+		return false, err
+	}
+	defer letGo()
 	running, err := c.pauser.Running(ctx)
 	if err != nil {
 		return false, err
@@ -328,7 +358,7 @@ func (c *convergence) standStill(ctx context.Context, begin time.Time) ([]held, 
 		return nil, false, err
 	}
 	deadline := begin.Add(c.job.PauseBudget)
-	if c.pending() > maxHeld || time.Now().Add(c.needs()).After(deadline) {
+	if c.pending() > c.mayHold || time.Now().Add(c.needs()).After(deadline) {
 		return nil, false, nil
 	}
 	pieces, ok, err := c.hold(ctx, deadline)
@@ -383,7 +413,7 @@ func (c *convergence) hold(ctx context.Context, deadline time.Time) ([]held, boo
 	var mu sync.Mutex
 	errLate := errors.New("late")
 	for _, d := range c.disks {
-		err := d.device.read(ctx, d.pending, func(_ context.Context, off int64, p []byte) error {
+		err := d.readNow(ctx, d.pending, func(_ context.Context, off int64, p []byte) error {
 			if time.Now().After(deadline) {
 				return errLate
 			}

@@ -16,7 +16,7 @@ import (
 	"github.com/tidemark/tidemark/store"
 )
 
-// Agent backs VMs up on a schedule.
+// Agent backs VMs up on a schedule, several at once.
 type Agent struct {
 	Config Config
 	Repo   *store.Repo
@@ -63,10 +63,12 @@ func (a *Agent) Run(ctx context.Context) error {
 			return srv.Close()
 		})
 	}
-	// One backup at a time: they would compete for the same disks and cores.
-	turn := make(chan struct{}, 1)
+	common, err := a.share()
+	if err != nil {
+		return err
+	}
 	for _, vm := range a.Config.VMs {
-		g.Go(func() error { return a.follow(ctx, vm, m, turn) })
+		g.Go(func() error { return a.follow(ctx, vm, m, common) })
 	}
 	if err := g.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return err
@@ -74,13 +76,45 @@ func (a *Agent) Run(ctx context.Context) error {
 	return nil
 }
 
-func (a *Agent) follow(ctx context.Context, vm VMConfig, m *metrics, turn chan struct{}) error {
+// common is what the backups of an agent share.
+type common struct {
+	turns    chan struct{} // one for each backup that runs
+	pipeline *Pipeline
+}
+
+func (a *Agent) share() (common, error) {
+	limits, err := parseLimits(a.Config.LimitRate, a.Config.LimitIOPS)
+	if err != nil {
+		return common{}, err
+	}
+	if a.Config.IONice != "" {
+		p, err := ParseIOPriority(a.Config.IONice)
+		if err != nil {
+			return common{}, err
+		}
+		if err := p.Apply(); err != nil {
+			return common{}, err
+		}
+	}
+	n := a.Config.Parallel
+	if n <= 0 {
+		n = DefaultParallel
+	}
+	return common{make(chan struct{}, n), NewPipeline(limits)}, nil
+}
+
+func (a *Agent) follow(ctx context.Context, vm VMConfig, m *metrics, with common) error {
 	q, err := ParseQuiesce(vm.Quiesce)
+	if err != nil {
+		return err
+	}
+	limits, err := parseLimits(vm.LimitRate, vm.LimitIOPS)
 	if err != nil {
 		return err
 	}
 	job := Job{
 		VM: vm.Name, Disks: vm.Disks, Repo: a.Repo, Quiesce: q, Source: a.Source, PauseBudget: vm.PauseBudget, Tool: a.Tool,
+		Limits: limits, Shared: with.pipeline,
 	}
 	log := a.Log.With("vm", vm.Name)
 	m.failed.WithLabelValues(vm.Name).Add(0) // so that the series exists from the start
@@ -93,10 +127,10 @@ func (a *Agent) follow(ctx context.Context, vm VMConfig, m *metrics, turn chan s
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case turn <- struct{}{}:
+		case with.turns <- struct{}{}:
 		}
 		r, err := job.Run(ctx)
-		<-turn
+		<-with.turns
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()

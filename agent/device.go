@@ -7,7 +7,6 @@ import (
 	"io"
 	"iter"
 	"os"
-	"sync"
 	"sync/atomic"
 	"time"
 	"unsafe"
@@ -33,7 +32,7 @@ type device struct {
 	size int64 // bytes
 	file bool  // an image file
 	f    *os.File
-	bufs sync.Pool
+	lane *lane // of reads while the guest runs
 
 	bytes, nanos atomic.Int64 // of all reads so far
 }
@@ -69,12 +68,7 @@ func openDevice(path string) (*device, error) {
 		_ = f.Close()
 		return nil, err
 	}
-	d := &device{path: path, size: size, file: st.Mode().IsRegular(), f: f}
-	d.bufs.New = func() any {
-		b := alignedBuffer(readChunk)
-		return &b
-	}
-	return d, nil
+	return &device{path: path, size: size, file: st.Mode().IsRegular(), f: f}, nil
 }
 
 // same checks that what is read is what is tracked: a path may lead to another
@@ -148,26 +142,28 @@ func pieces(x cbt.Extents) iter.Seq[cbt.Extent] {
 }
 
 // read hands every byte of x to put, in pieces, from several goroutines. The
-// piece is only valid during the call.
+// piece is only valid during the call. It keeps the limits of d.lane; readNow does not.
 func (d *device) read(ctx context.Context, x cbt.Extents, put func(ctx context.Context, off int64, p []byte) error) error {
+	return d.readBy(ctx, x, put, d.lane.admit)
+}
+
+// readNow is read while a guest stands still.
+func (d *device) readNow(ctx context.Context, x cbt.Extents, put func(ctx context.Context, off int64, p []byte) error) error {
+	return d.readBy(ctx, x, put, func(context.Context, int64) ([]byte, func(), error) {
+		b := d.lane.bufs.Get().(*[]byte)
+		return *b, func() { d.lane.bufs.Put(b) }, nil
+	})
+}
+
+func (d *device) readBy(ctx context.Context, x cbt.Extents, put func(ctx context.Context, off int64, p []byte) error,
+	admit func(ctx context.Context, n int64) ([]byte, func(), error),
+) error {
 	g, work := errgroup.WithContext(ctx)
 	todo := make(chan cbt.Extent)
 	for range readers {
 		g.Go(func() error {
-			var b *[]byte
-			defer func() {
-				if b != nil {
-					d.bufs.Put(b)
-				}
-			}()
 			for e := range todo {
-				if b == nil {
-					b = d.bufs.Get().(*[]byte)
-				}
-				if err := d.readAt((*b)[:e.Len], e.Off); err != nil {
-					return err
-				}
-				if err := put(work, e.Off, (*b)[:e.Len]); err != nil {
+				if err := d.piece(work, e, put, admit); err != nil {
 					return err
 				}
 			}
@@ -187,6 +183,20 @@ func (d *device) read(ctx context.Context, x cbt.Extents, put func(ctx context.C
 		return err
 	}
 	return ctx.Err()
+}
+
+func (d *device) piece(ctx context.Context, e cbt.Extent, put func(ctx context.Context, off int64, p []byte) error,
+	admit func(ctx context.Context, n int64) ([]byte, func(), error),
+) error {
+	b, giveBack, err := admit(ctx, e.Len)
+	if err != nil {
+		return err
+	}
+	defer giveBack()
+	if err := d.readAt(b[:e.Len], e.Off); err != nil {
+		return err
+	}
+	return put(ctx, e.Off, b[:e.Len])
 }
 
 func (d *device) readAt(p []byte, off int64) error {

@@ -78,6 +78,7 @@ func newScripted(t *testing.T, src *scripted) *disk {
 	if err != nil {
 		t.Fatal(err)
 	}
+	dev.lane = &lane{Pipeline: NewPipeline(Limits{})}
 	d := &disk{device: dev, name: "disk0", src: src, grain: store.DefaultGrain}
 	t.Cleanup(func() { _ = d.close() })
 	if d.out, err = w.Disk(t.Context(), store.DiskOptions{Name: d.name, Source: file, Size: src.size, Grain: store.DefaultGrain}); err != nil {

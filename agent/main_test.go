@@ -19,6 +19,8 @@ func TestMain(m *testing.M) {
 		switch os.Args[1] {
 		case agent.WatchdogCommand:
 			err = agent.RunWatchdog(os.Args[2:], os.Stdin, os.Stdout)
+		case backupCommand:
+			err = slowBackup(os.Args[2], os.Args[3])
 		case hangCommand:
 			var limit time.Duration
 			if limit, err = time.ParseDuration(os.Args[3]); err == nil {

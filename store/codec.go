@@ -43,7 +43,11 @@ func newCodec() (*codec, error) {
 		decoder: dec,
 		encoder: sync.OnceValues(func() (*zstd.Encoder, error) {
 			return zstd.NewWriter(nil,
-				zstd.WithEncoderLevel(zstd.SpeedFastest),
+				// About zstd -3. Against the fastest level: half the speed and 4 % less stored of a disk
+				// of system files; the next level up would halve it again for 2 %. Entropy coding
+				// alone, where nothing repeats, is another 1 %.
+				zstd.WithEncoderLevel(zstd.SpeedDefault),
+				zstd.WithAllLitEntropyCompression(true),
 				zstd.WithWindowSize(MaxGrain),
 				zstd.WithLowerEncoderMem(true),
 				zstd.WithEncoderCRC(false)) // every record is hashed and has a CRC of its own

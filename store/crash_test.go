@@ -19,7 +19,7 @@ import (
 
 func TestMain(m *testing.M) {
 	argon2Cost = argon2Params{Time: 1, Memory: 8, Threads: 1}
-	faultblob.Main(map[string]faultblob.Job{"backup": crashJob})
+	faultblob.Main(map[string]faultblob.Job{"backup": crashJob, "resume": resumeJob})
 	_ = flag.Set("rapid.checks", "25") // the command line still wins
 	os.Exit(m.Run())
 }
@@ -53,22 +53,10 @@ func crashPut(n int, put func(off int64, p []byte)) {
 
 // crashJob makes point after point and says so when each is committed.
 func crashJob(ctx context.Context, l *faultblob.Layer, say func(string), args []string) error {
-	p, err := parseLocation(args[0])
+	r, err := crashRepo(ctx, l, args[0])
 	if err != nil {
 		return err
 	}
-	b, err := p.open(ctx)
-	if err != nil {
-		return err
-	}
-	if d, ok := b.(*blob.Dir); ok {
-		l.Watch(d)
-	}
-	r, err := openOn(ctx, l.Over(b), args[0], testKey()...)
-	if err != nil {
-		return err
-	}
-	r.dataPackLen, r.nodePackLen = 32<<10, 2<<10
 	for range 2 {
 		p, err := crashBackup(ctx, r)
 		if err != nil {
@@ -77,6 +65,27 @@ func crashJob(ctx context.Context, l *faultblob.Layer, say func(string), args []
 		say(p.Disks[0].ChangeID + " " + p.ID)
 	}
 	return nil
+}
+
+// crashRepo opens the repository with a fault layer below it.
+func crashRepo(ctx context.Context, l *faultblob.Layer, location string) (*Repo, error) {
+	p, err := parseLocation(location)
+	if err != nil {
+		return nil, err
+	}
+	b, err := p.open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if d, ok := b.(*blob.Dir); ok {
+		l.Watch(d)
+	}
+	r, err := openOn(ctx, l.Over(b), location, testKey()...)
+	if err != nil {
+		return nil, err
+	}
+	r.dataPackLen, r.nodePackLen = 32<<10, 2<<10
+	return r, nil
 }
 
 func crashBackup(ctx context.Context, r *Repo) (*Point, error) {

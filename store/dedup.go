@@ -17,6 +17,8 @@ const sessionGrains = 1 << 19
 
 // session remembers which grains one Writer has stored. Safe for concurrent use.
 type session struct {
+	share *share // of limit
+
 	mu       sync.Mutex
 	limit    int
 	young    map[Hash]place // two generations: when young is full, old is forgotten
@@ -31,9 +33,9 @@ type place struct {
 	ord  uint32
 }
 
-func newSession() *session {
+func newSession(sh *share) *session {
 	return &session{
-		limit: sessionGrains, young: map[Hash]place{},
+		share: sh, limit: sessionGrains, young: map[Hash]place{},
 		packAt: map[PackID]uint32{}, inflight: map[Hash]chan struct{}{},
 	}
 }
@@ -50,7 +52,7 @@ func (s *session) find(h Hash) (Ref, bool) {
 }
 
 func (s *session) keep(h Hash, p place) {
-	if len(s.young) >= s.limit {
+	if len(s.young) >= s.share.part(s.limit, leastGrains) {
 		s.old, s.young = s.young, make(map[Hash]place)
 	}
 	s.young[h] = p

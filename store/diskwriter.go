@@ -22,6 +22,10 @@ type DiskOptions struct {
 	// looked for at its own place in the parent and in this backup.
 	Dedup bool
 
+	// Resume goes on from a checkpoint: what is not written keeps the content that it had there. It must
+	// be of the Writer's own [Writer.Unfinished], with the same grain and size.
+	Resume *PartialDisk
+
 	// Fresh begins with an empty map whatever the parent holds: for a parent that
 	// is damaged.
 	Fresh bool
@@ -113,7 +117,26 @@ func (w *Writer) dedupIndex(ctx context.Context) (*dedupIndex, error) {
 	return full, nil
 }
 
+// resume makes the disk continue from a checkpoint, and count from what it had counted.
+func (d *DiskWriter) resume(p *PartialDisk) error {
+	if p.Name != d.opt.Name || p.Root.Size != d.shape.Size || p.Root.Grain != d.shape.Grain {
+		return fmt.Errorf("%w: the checkpoint is of disk %s, %d bytes, grains of %d", ErrInvalid, p.Name, p.Root.Size, p.Root.Grain)
+	}
+	m, err := d.w.repo.Map(p.Root)
+	if err != nil {
+		return err
+	}
+	d.parent = m
+	d.changed.Store(p.Stats.Changed)
+	d.fresh.Store(p.Stats.New)
+	d.stored.Store(p.Stats.Stored)
+	return nil
+}
+
 func (d *DiskWriter) continueParent(ctx context.Context) error {
+	if d.opt.Resume != nil {
+		return d.resume(d.opt.Resume)
+	}
 	if d.w.parent == nil || d.opt.Fresh {
 		return nil
 	}
@@ -179,9 +202,9 @@ func (d *DiskWriter) Write(ctx context.Context, off int64, p []byte) error {
 	if err := d.w.data.failed(); err != nil {
 		return err
 	}
-	g, n := int64(d.opt.Grain), int64(len(p))
-	if off < 0 || off%g != 0 || n > d.shape.Size || off > d.shape.Size-n || n%g != 0 && off+n != d.shape.Size {
-		return fmt.Errorf("%w: write of [%d, %d) to a disk of %d bytes with grains of %d", ErrInvalid, off, off+n, d.shape.Size, g)
+	g := int64(d.opt.Grain)
+	if err := d.validRange(off, int64(len(p))); err != nil {
+		return err
 	}
 	for n := off / g; len(p) > 0; n++ {
 		b := p[:min(g, int64(len(p)))]
@@ -190,10 +213,23 @@ func (d *DiskWriter) Write(ctx context.Context, off int64, p []byte) error {
 			b = append(make([]byte, 0, g), b...)[:g]
 		}
 		if err := d.writeGrain(ctx, n, b); err != nil {
-			return fmt.Errorf("write grain %d of disk %s: %w", n, d.opt.Name, err)
+			return d.failed(n, err)
 		}
 	}
 	return nil
+}
+
+// validRange tells whether n bytes at off are whole grains of the disk.
+func (d *DiskWriter) validRange(off, n int64) error {
+	g := int64(d.opt.Grain)
+	if off < 0 || off%g != 0 || n > d.shape.Size || off > d.shape.Size-n || n%g != 0 && off+n != d.shape.Size {
+		return fmt.Errorf("%w: write of [%d, %d) to a disk of %d bytes with grains of %d", ErrInvalid, off, off+n, d.shape.Size, g)
+	}
+	return nil
+}
+
+func (d *DiskWriter) failed(grain int64, err error) error {
+	return fmt.Errorf("write grain %d of disk %s: %w", grain, d.opt.Name, err)
 }
 
 // writeGrain sets one whole grain.

@@ -46,7 +46,7 @@ func (l locker) unlock() { <-l }
 type packWriter struct {
 	repo   *Repo
 	kind   packKind
-	target int // bytes
+	target int // bytes, while few Writers are at work
 
 	life   context.Context // of uploads: they outlive the call that began them
 	cancel context.CancelFunc
@@ -82,8 +82,11 @@ func (w *packWriter) fail(err error) {
 	}
 }
 
+// goal is how long a pack is made, in bytes.
+func (w *packWriter) goal() int { return w.repo.share.part(w.target, leastPack) }
+
 func (w *packWriter) full() bool {
-	return len(w.cur.buf) >= w.target || w.cur.count() >= maxFill
+	return len(w.cur.buf) >= w.goal() || w.cur.count() >= maxFill
 }
 
 // add appends a record and returns its place and what it costs in the repository,
@@ -128,16 +131,20 @@ func newPackID() (id PackID) {
 }
 
 func (w *packWriter) buffer() []byte {
+	goal := w.goal()
+	want := goal + min(goal, packSlack)
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if n := len(w.bufs); n > 0 {
+	for n := len(w.bufs); n > 0; n = len(w.bufs) {
 		b := w.bufs[n-1]
 		w.bufs = w.bufs[:n-1]
-		return b
+		if cap(b) <= 2*want { // larger ones are of the time when there were fewer Writers
+			return b
+		}
 	}
 	// All of it at once: growing would copy what is in it again and again, and pages that
 	// are never filled cost nothing.
-	return make([]byte, 0, w.target+min(w.target, packSlack))
+	return make([]byte, 0, want)
 }
 
 // seal uploads the current pack once there is room. The caller holds fill.

@@ -21,6 +21,7 @@ type Repo struct {
 
 	// When a pack is full, in bytes; smaller in tests.
 	dataPackLen, nodePackLen int
+	share                    share // among Writers
 }
 
 // Targets for the size of a pack, in bytes: large enough that objects are few,

@@ -157,6 +157,9 @@ type Tracking struct {
 	Mode string `json:"mode"`
 	// Reasons say why it is not "tracked".
 	Reasons []string `json:"reasons,omitempty"`
+	// Resumed is when the checkpoint was made from which an interrupted backup went on; zero if it was
+	// made in one go. Mode and reasons are those of the whole.
+	Resumed time.Time `json:"resumed,omitzero"`
 	// Evidence is the tracker's proof, opaque here.
 	Evidence json.RawMessage `json:"evidence,omitempty"`
 	// Writers are the processes that wrote since the parent, as far as is known.

@@ -17,7 +17,8 @@ var errFinished = fmt.Errorf("%w: the backup is committed, aborted or broken alr
 //
 // Memory: the packs being filled and uploaded (at most 3 data packs of 32 MiB and 3
 // node packs of 8 MiB), the session's deduplication (at most about 70 MiB), per
-// disk what [DiskWriter] says.
+// disk what [DiskWriter] says. More than two Writers of one Repo share what two would
+// use of packs and deduplication, down to 3 data packs of 1 MiB each.
 type Writer struct {
 	repo   *Repo
 	vm     string
@@ -32,10 +33,11 @@ type Writer struct {
 
 	use sync.RWMutex // held shared by writes, exclusively by Commit and Abort
 
-	mu    sync.Mutex
-	ended bool
-	disks map[string]*DiskWriter
-	full  *dedupIndex // built when a disk asks for it
+	mu       sync.Mutex
+	ended    bool
+	released bool
+	disks    map[string]*DiskWriter
+	full     *dedupIndex // built when a disk asks for it
 }
 
 // Begin starts a backup of vm and takes the VM's lock if the backend has locks;
@@ -51,7 +53,7 @@ func (r *Repo) Begin(ctx context.Context, vm string) (_ *Writer, err error) {
 		return nil, fmt.Errorf("backup of %s: %w", vm, err)
 	}
 	w := &Writer{
-		repo: r, vm: vm, session: newSession(), disks: map[string]*DiskWriter{},
+		repo: r, vm: vm, session: newSession(&r.share), disks: map[string]*DiskWriter{},
 		unlock: func() error { return nil },
 	}
 	if l, ok := r.blobs.(blob.Locker); ok {
@@ -63,6 +65,7 @@ func (r *Repo) Begin(ctx context.Context, vm string) (_ *Writer, err error) {
 	if err := w.findParent(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("backup of %s: %w", vm, err), w.unlock())
 	}
+	r.share.writers.Add(1)
 	w.data = newPackWriter(r, kindData, r.dataPackLen)
 	w.nodes = newPackWriter(r, kindNode, r.nodePackLen)
 	return w, nil
@@ -217,27 +220,40 @@ func (w *Writer) fillPoint(p *Point) error {
 }
 
 func (w *Writer) buildMaps(ctx context.Context, disks []Disk) error {
+	roots, err := w.buildRoots(ctx)
+	if err != nil {
+		return err
+	}
+	for i := range disks {
+		d := &disks[i]
+		d.Root = roots[d.Name]
+		read := d.Stats.Read
+		d.Stats = w.disks[d.Name].Stats()
+		d.Stats.Read = read
+	}
+	return nil
+}
+
+// buildRoots adds the maps of all disks, as they are now, to node packs. No write may run.
+func (w *Writer) buildRoots(ctx context.Context) (map[string]Root, error) {
 	// Leaves that were sealed and then written again are read back.
 	for _, d := range w.disks {
 		if d.rewritten() {
 			if err := w.nodes.flush(ctx); err != nil {
-				return err
+				return nil, err
 			}
 			break
 		}
 	}
-	for i := range disks {
-		d := w.disks[disks[i].Name]
+	roots := map[string]Root{}
+	for name, d := range w.disks {
 		root, err := d.build(ctx)
 		if err != nil {
-			return fmt.Errorf("disk %s: %w", disks[i].Name, err)
+			return nil, fmt.Errorf("disk %s: %w", name, err)
 		}
-		disks[i].Root = root
-		read := disks[i].Stats.Read
-		disks[i].Stats = d.Stats()
-		disks[i].Stats.Read = read
+		roots[name] = root
 	}
-	return nil
+	return roots, nil
 }
 
 // Abort ends the Writer without a point: it waits for running writes, stops
@@ -260,8 +276,11 @@ func (w *Writer) close() {
 
 func (w *Writer) release() error {
 	w.mu.Lock()
-	unlock := w.unlock
-	w.unlock = func() error { return nil }
+	unlock, first := w.unlock, !w.released
+	w.unlock, w.released = func() error { return nil }, true
 	w.mu.Unlock()
+	if first {
+		w.repo.share.writers.Add(-1)
+	}
 	return unlock()
 }

@@ -207,7 +207,7 @@ func TestDedupFindsGrainsOfOtherPlacesAndVMs(t *testing.T) {
 }
 
 func TestSessionForgetsOldestGeneration(t *testing.T) {
-	s := newSession()
+	s := newSession(new(share))
 	s.limit = 10
 	put := func(i byte) (stored bool) {
 		_, err := s.once(t.Context(), Hash{i}, func() (Ref, error) {
@@ -237,7 +237,7 @@ func TestSessionForgetsOldestGeneration(t *testing.T) {
 }
 
 func TestSessionRetriesAfterAnothersCancellation(t *testing.T) {
-	s := newSession()
+	s := newSession(new(share))
 	started, fail := make(chan struct{}), make(chan struct{})
 	var wg sync.WaitGroup
 	wg.Go(func() {

@@ -27,17 +27,25 @@ The configuration is YAML:
   listen: 127.0.0.1:9177      # metrics; leave it out for none
   retry: 30s                  # after a failure; else the VM's interval
   trust_saved_state: false    # as the flag of backup
+  parallel: 16                # backups at once
+  limit_rate: 200MiB          # read per second by all backups together; leave it out for no limit
+  limit_iops: 500             # reads of at most 1 MiB per second
+  ionice: idle                # or best-effort, best-effort:0 to best-effort:7
   vms:
     - name: web1
       disks: [/dev/vg0/web1]
       every: 5m
       quiesce: auto           # as for backup
       pause_budget: 100ms
+      limit_rate: 50MiB       # of this VM, besides the common limit; limit_iops too
       audit:                  # as tidemark audit does; leave it out for none
         every: 24h
         fraction: 1%          # of the unchanged granules, but at least 256
         rate: 20MiB           # per second; leave it out for no limit
         evidence: /var/lib/tidemark/audit
+
+Backups that run at once share the limits, and each gets about as much as any other, however
+large it is. Limits don't hold up a guest that is paused.
 
 An audit runs after a backup and ends when the VM's next one is due, but has 30 s at
 least. What it finds is logged as an error, and counted in tidemark_audit_mismatches_total.`,

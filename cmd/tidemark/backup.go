@@ -21,6 +21,9 @@ func newBackup(g *globals) *cobra.Command {
 		granule      string
 		inconsistent bool
 		trust        bool
+		rate         string
+		iops         int64
+		ionice       string
 	}
 	c := &cobra.Command{
 		Use:   "backup NAME --disk DEV|FILE [--disk ...] -r REPO",
@@ -39,8 +42,15 @@ nothing was written meanwhile. --quiesce says how to pause:
   qmp=SOCKET  QEMU's stop and cont
   freeze=DIR  freeze the file system mounted at DIR on this host
   pid=PID     stop the process
-  none        don't; succeeds only if the disk is quiet by itself`,
+  none        don't; succeeds only if the disk is quiet by itself
+
+A long backup notes every minute how far it has come. If it is interrupted, the next one of
+the same VM goes on from there, for up to seven days: it reads what was not read yet and what
+changed since. If what changed can't be proven, it reads everything and stores what is missing.
+
+--limit-rate and --limit-iops bound what is read of the disks while the guest runs.`,
 		Example: `  tidemark backup web1 --disk /dev/vg0/web1 -r /srv/backup
+  tidemark backup web1 --disk /dev/vg0/web1 -r /srv/backup --limit-rate 50MiB --ionice idle
   tidemark backup web1 --disk /dev/loop0 --quiesce qmp=/run/web1.qmp --pause-budget 50ms -r /srv/backup`,
 		Args: args(1, 1),
 		RunE: func(c *cobra.Command, a []string) (err error) {
@@ -57,6 +67,24 @@ nothing was written meanwhile. --quiesce says how to pause:
 			if err != nil {
 				return err
 			}
+			limits := agent.Limits{IOPS: o.iops}
+			if o.rate != "" {
+				if limits.BytesPerSecond, err = agent.ParseRate(o.rate); err != nil {
+					return usageError{fmt.Errorf("backup: --limit-rate: %w", err)}
+				}
+			}
+			if o.iops < 0 {
+				return usageError{errors.New("backup: --limit-iops must not be negative")}
+			}
+			if o.ionice != "" {
+				p, err := agent.ParseIOPriority(o.ionice)
+				if err != nil {
+					return usageError{fmt.Errorf("backup: --ionice: %w", err)}
+				}
+				if err := p.Apply(); err != nil {
+					return err
+				}
+			}
 			repo, err := g.open(c.Context())
 			if err != nil {
 				return err
@@ -71,6 +99,7 @@ nothing was written meanwhile. --quiesce says how to pause:
 			job := agent.Job{
 				VM: a[0], Disks: o.disks, Repo: repo, Quiesce: q, Source: src.open, PauseBudget: o.budget,
 				AllowInconsistent: o.inconsistent, Tool: toolName(), Progress: p.backup,
+				Limits: limits,
 			}
 			r, err := job.Run(c.Context())
 			p.end()
@@ -92,6 +121,9 @@ nothing was written meanwhile. --quiesce says how to pause:
 	f.StringVar(&o.quiesce, "quiesce", "auto", "how to pause: auto, qmp=SOCKET, freeze=DIR, pid=PID or none")
 	f.DurationVar(&o.budget, "pause-budget", agent.DefaultPauseBudget, "how long the guest may stand still")
 	f.StringVar(&o.granule, "granule", "64KiB", "tracking granule of a device that is not tracked yet")
+	f.StringVar(&o.rate, "limit-rate", "", "read no more than so many bytes per second, as 50MiB")
+	f.Int64Var(&o.iops, "limit-iops", 0, "do no more than so many reads per second, each of at most 1 MiB; 0 for no limit")
+	f.StringVar(&o.ionice, "ionice", "", "I/O priority: idle, best-effort, or best-effort:0 to best-effort:7")
 	f.BoolVar(&o.inconsistent, "allow-inconsistent", false, "accept a point that shows no single instant, and mark it so")
 	return c
 }
@@ -111,6 +143,9 @@ func summary(w io.Writer, r agent.Result) error {
 	fmt.Fprintf(&b, "%s@%s  %s  changed %s, read %s, stored %s, paused %s  (%s; %d rounds, %s, took %s)\n", p.VM, p.ID, modes(p),
 		size(s.Changed), size(s.Read), size(s.Stored), short(p.Quiesce.Paused), p.Consistency, p.Quiesce.Rounds, p.Quiesce.Method, short(r.Took))
 	for _, d := range p.Disks {
+		if at := d.Tracking.Resumed; !at.IsZero() {
+			fmt.Fprintf(&b, "  %s: went on from where an interrupted backup was at %s\n", d.Source, clock(at))
+		}
 		for _, why := range d.Tracking.Reasons {
 			fmt.Fprintf(&b, "  %s: %s, because: %s\n", d.Source, whole[d.Tracking.Mode], why)
 		}

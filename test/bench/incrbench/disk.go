@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
-	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tidemark/tidemark/test/bench/measure"
 	testvm "github.com/tidemark/tidemark/test/vm"
 )
 
@@ -69,60 +68,25 @@ func command(ctx context.Context, name string, args ...string) error {
 	return nil
 }
 
-// source is a regular file below a directory.
-type source struct {
-	path string // relative
-	size int64
-}
-
 // fill copies files from below from to below to, chosen at random, until budget is used up.
 func fill(ctx context.Context, to, from string, budget int64, seed uint64) (files int, bytes int64, err error) {
-	var all []source
-	err = filepath.WalkDir(from, func(path string, e fs.DirEntry, err error) error {
-		if err != nil || !e.Type().IsRegular() {
-			return err
-		}
-		info, err := e.Info()
-		if err != nil {
-			return err
-		}
-		rel, err := filepath.Rel(from, path)
-		all = append(all, source{rel, info.Size()})
-		return err
-	})
+	all, err := measure.FilesBelow(from)
 	if err != nil {
 		return 0, 0, err
 	}
-	for _, s := range choose(all, budget, seed) {
+	for _, s := range measure.ChooseFiles(all, budget, seed) {
 		if err := ctx.Err(); err != nil {
 			return files, bytes, err
 		}
-		if err := copyFile(filepath.Join(to, s.path), filepath.Join(from, s.path)); err != nil {
+		if err := copyFile(filepath.Join(to, s.Path), filepath.Join(from, s.Path)); err != nil {
 			return files, bytes, err
 		}
-		files, bytes = files+1, bytes+s.size
+		files, bytes = files+1, bytes+s.Size
 	}
 	if bytes < budget/2 {
 		return files, bytes, fmt.Errorf("the files below %s are only %d MiB: give another directory or a smaller size", from, bytes>>20)
 	}
 	return files, bytes, nil
-}
-
-// choose takes what fits into budget. A file costs whole blocks, and some for its names; what
-// ext4 has inodes for is one per 16 KiB.
-func choose(all []source, budget int64, seed uint64) []source {
-	rnd := rand.New(rand.NewPCG(seed, 0))
-	rnd.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
-	var out []source
-	var used int64
-	for inodes := budget / (16 << 10); inodes > 0 && len(all) > 0; all = all[1:] {
-		if cost := (all[0].size+4095)&^4095 + 512; used+cost <= budget {
-			used += cost
-			inodes--
-			out = append(out, all[0])
-		}
-	}
-	return out
 }
 
 func copyFile(to, from string) (err error) {

@@ -2,39 +2,11 @@ package main
 
 import (
 	"bytes"
-	"errors"
 	"os"
 	"path/filepath"
 	"slices"
 	"testing"
-	"testing/iotest"
 )
-
-func TestChoose(t *testing.T) {
-	all := func() []source {
-		return []source{{"a", 100 << 10}, {"b", 1}, {"c", 3 << 20}, {"d", 8192}, {"e", 50 << 10}}
-	}
-	const budget = 200 << 10
-	got := choose(all(), budget, 1)
-	var used int64
-	for _, s := range got {
-		used += s.size
-		if s.path == "c" {
-			t.Error("what is larger than all was taken")
-		}
-	}
-	if used > budget || len(got) != 4 {
-		t.Fatalf("took %v", got)
-	}
-	if !slices.Equal(got, choose(all(), budget, 1)) {
-		t.Error("the same seed chose something else")
-	}
-	// Nothing takes more inodes than there are.
-	tiny := make([]source, 1000)
-	if n := len(choose(tiny, 1<<20, 1)); n != 64 {
-		t.Errorf("took %d empty files", n)
-	}
-}
 
 func TestFillCopiesAndSaysWhenThereIsTooLittle(t *testing.T) {
 	from, to := t.TempDir(), t.TempDir()
@@ -74,27 +46,5 @@ func TestChanges(t *testing.T) {
 	}
 	if n := len(changes(size, 0.0001, 7, 1)); n != 1 {
 		t.Errorf("%d granules", n)
-	}
-}
-
-func TestSameSeesEveryDifference(t *testing.T) {
-	disk := bytes.Repeat([]byte{1, 2, 3}, 1<<20) // ends in the middle of a read
-	path := filepath.Join(t.TempDir(), "disk")
-	if err := os.WriteFile(path, disk, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if err := same(path, bytes.NewReader(disk)); err != nil {
-		t.Fatal(err)
-	}
-	other := slices.Clone(disk)
-	other[len(other)-1]++
-	for name, b := range map[string][]byte{"last byte": other, "shorter": disk[:len(disk)-1], "longer": append(slices.Clone(disk), 0), "empty": nil, "much shorter": disk[:1<<20]} {
-		if err := same(path, bytes.NewReader(b)); !errors.Is(err, errDiffers) {
-			t.Errorf("%s: got %v", name, err)
-		}
-	}
-	broken := errors.New("broken")
-	if err := same(path, iotest.ErrReader(broken)); !errors.Is(err, broken) {
-		t.Errorf("got %v", err)
 	}
 }

@@ -10,40 +10,43 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+
+	"github.com/tidemark/tidemark/test/bench/measure"
 )
 
 // restic reads the device from its standard input: given as a path, it would store
 // the device node. It can't do without encryption.
 func (b *bench) restic(ctx context.Context, t *tool) error {
 	const file = "disk.raw"
-	common := process{
-		path: "restic", args: []string{"-r", t.repo, "--cache-dir", filepath.Join(b.dir, "restic-cache")},
-		env: []string{"RESTIC_PASSWORD=benchmark"},
+	common := measure.Process{
+		Path: "restic", Args: []string{"-r", t.repo, "--cache-dir", filepath.Join(b.dir, "restic-cache")},
+		Env: []string{"RESTIC_PASSWORD=benchmark"},
 	}
-	call := func(args ...string) process {
+	call := func(args ...string) measure.Process {
 		p := common
-		p.args = append(append([]string(nil), common.args...), args...)
+		p.Args = append(append([]string(nil), common.Args...), args...)
 		return p
 	}
-	v, err := process{path: "restic", args: []string{"version"}}.run(ctx)
+	v, err := measure.Process{Path: "restic", Args: []string{"version"}}.Run(ctx)
 	if err != nil {
 		return err
 	}
-	t.Version = strings.TrimSpace(string(v.out))
-	if _, err := call("init", "--repository-version", "2").run(ctx); err != nil {
+	t.Version = strings.TrimSpace(string(v.Out))
+	if _, err := call("init", "--repository-version", "2").Run(ctx); err != nil {
 		return err
 	}
 	backup := call("backup", "--stdin", "--stdin-filename", file, "--compression", "auto", "--quiet")
 	t.Command = backup.String() + " < " + b.dev
-	t.run = func(ctx context.Context, _ int) (done, error) {
+	t.run = func(ctx context.Context, _ int) (used, error) {
 		f, err := os.Open(b.dev)
 		if err != nil {
-			return done{}, err
+			return used{}, err
 		}
 		defer func() { _ = f.Close() }()
 		p := backup
-		p.stdin = f
-		d, err := p.run(ctx)
+		p.Stdin = f
+		v, err := p.Run(ctx)
+		d := used{Done: v}
 		if err != nil {
 			return d, err
 		}
@@ -63,27 +66,28 @@ func (b *bench) borg(ctx context.Context, t *tool, chunker string) error {
 		"BORG_BASE_DIR=" + filepath.Join(b.dir, t.Name+"-base"), "BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK=yes",
 		"BORG_RELOCATED_REPO_ACCESS_IS_OK=yes",
 	}
-	call := func(args ...string) process { return process{path: "borg", args: args, env: env} }
-	v, err := call("--version").run(ctx)
+	call := func(args ...string) measure.Process { return measure.Process{Path: "borg", Args: args, Env: env} }
+	v, err := call("--version").Run(ctx)
 	if err != nil {
 		return err
 	}
-	t.Version = strings.TrimSpace(string(v.out))
-	if _, err := call("init", "--encryption", "none", t.repo).run(ctx); err != nil {
+	t.Version = strings.TrimSpace(string(v.Out))
+	if _, err := call("init", "--encryption", "none", t.repo).Run(ctx); err != nil {
 		return err
 	}
 	newest := ""
-	backup := func(name string) process {
+	backup := func(name string) measure.Process {
 		return call("create", "--read-special", "--compression", "zstd,3", "--chunker-params", chunker, "--json", t.repo+"::"+name, b.dev)
 	}
 	t.Command = backup("NAME").String()
-	t.run = func(ctx context.Context, n int) (done, error) {
+	t.run = func(ctx context.Context, n int) (used, error) {
 		newest = fmt.Sprintf("n%d", n)
-		d, err := backup(newest).run(ctx)
+		v, err := backup(newest).Run(ctx)
+		d := used{Done: v}
 		if err != nil {
 			return d, err
 		}
-		d.read, err = parseBorg(d.out)
+		d.read, err = parseBorg(d.Out)
 		return d, err
 	}
 	t.verify = func(ctx context.Context) error {
@@ -111,9 +115,9 @@ func parseBorg(out []byte) (int64, error) {
 }
 
 // sameStream compares what a process prints with the device.
-func (b *bench) sameStream(ctx context.Context, p process) error {
-	cmd := exec.CommandContext(ctx, p.path, p.args...)
-	cmd.Env = append(os.Environ(), p.env...)
+func (b *bench) sameStream(ctx context.Context, p measure.Process) error {
+	cmd := exec.CommandContext(ctx, p.Path, p.Args...)
+	cmd.Env = append(os.Environ(), p.Env...)
 	var errs strings.Builder
 	cmd.Stderr = &errs
 	out, err := cmd.StdoutPipe()
@@ -123,11 +127,11 @@ func (b *bench) sameStream(ctx context.Context, p process) error {
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	differs := same(b.dev, out)
+	differs := measure.Same(b.dev, out)
 	// It ends when it finds no reader, if not by itself.
 	_ = out.Close()
 	if ended := cmd.Wait(); differs != nil || ended != nil {
-		return fmt.Errorf("%s: %w: %s", p, errors.Join(differs, ended), tail(errs.String()))
+		return fmt.Errorf("%s: %w: %s", p, errors.Join(differs, ended), measure.Tail(errs.String()))
 	}
 	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/tidemark/tidemark/bpf"
+	"github.com/tidemark/tidemark/test/bench/measure"
 )
 
 // tidemark sets t up as one of our two ways. Each has its own repository and its own tracker:
@@ -17,15 +18,15 @@ import (
 // from the other.
 func (b *bench) tidemark(ctx context.Context, t *tool, binary string) error {
 	pins := filepath.Join(filepath.Dir(bpf.DefaultDir), fmt.Sprintf("tidemark-bench-%d-%s", os.Getpid(), t.Name))
-	call := func(args ...string) process {
-		return process{path: binary, args: append(args, "-r", t.repo, "--pin-dir", pins)}
+	call := func(args ...string) measure.Process {
+		return measure.Process{Path: binary, Args: append(args, "-r", t.repo, "--pin-dir", pins)}
 	}
-	v, err := process{path: binary, args: []string{"version"}}.run(ctx)
+	v, err := measure.Process{Path: binary, Args: []string{"version"}}.Run(ctx)
 	if err != nil {
 		return err
 	}
-	t.Version = strings.TrimSpace(string(v.out))
-	if _, err := call("init").run(ctx); err != nil {
+	t.Version = strings.TrimSpace(string(v.Out))
+	if _, err := call("init").Run(ctx); err != nil {
 		return err
 	}
 	t.close = func() error { return bpf.Remove(pins) }
@@ -36,12 +37,13 @@ func (b *bench) tidemark(ctx context.Context, t *tool, binary string) error {
 			if n == 0 {
 				return nil // there is no tracker yet
 			}
-			_, err := call("untrack", b.dev).run(ctx)
+			_, err := call("untrack", b.dev).Run(ctx)
 			return err
 		}
 	}
-	t.run = func(ctx context.Context, n int) (done, error) {
-		d, err := backup.run(ctx)
+	t.run = func(ctx context.Context, n int) (used, error) {
+		v, err := backup.Run(ctx)
+		d := used{Done: v}
 		if err != nil {
 			return d, err
 		}
@@ -49,14 +51,14 @@ func (b *bench) tidemark(ctx context.Context, t *tool, binary string) error {
 		if n == 0 {
 			want = "full"
 		}
-		d.read, err = parsePoint(d.out, want)
+		d.read, err = parsePoint(d.Out, want)
 		return d, err
 	}
 	t.verifyEach = true
 	t.verify = func(ctx context.Context) (err error) {
 		file := filepath.Join(b.dir, "restored.raw")
 		defer func() { err = errors.Join(err, os.RemoveAll(file)) }()
-		if _, err := call("restore", "vm@latest", "-o", file).run(ctx); err != nil {
+		if _, err := call("restore", "vm@latest", "-o", file).Run(ctx); err != nil {
 			return err
 		}
 		f, err := os.Open(file)
@@ -64,7 +66,7 @@ func (b *bench) tidemark(ctx context.Context, t *tool, binary string) error {
 			return err
 		}
 		defer func() { _ = f.Close() }()
-		return same(b.dev, f)
+		return measure.Same(b.dev, f)
 	}
 	return nil
 }

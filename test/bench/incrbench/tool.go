@@ -1,16 +1,10 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
-	"os/exec"
 	"path/filepath"
-	"strings"
-	"time"
 
 	"github.com/tidemark/tidemark/test/bench/measure"
 )
@@ -37,7 +31,7 @@ type tool struct {
 	// prepare does what is not part of a backup.
 	prepare func(ctx context.Context, n int) error
 	// run makes a backup; n counts them. Full is the first one, n = 0.
-	run func(ctx context.Context, n int) (done, error)
+	run func(ctx context.Context, n int) (used, error)
 	// verify compares the newest backup with the device.
 	verify     func(ctx context.Context) error
 	verifyEach bool
@@ -52,50 +46,10 @@ type backup struct {
 	Stored     int64   `json:"stored"`
 }
 
-// done is a process that has ended well.
-type done struct {
-	out       []byte
-	wall, cpu time.Duration
-	read      int64 // bytes of the device, as far as can be told
-}
-
-// process is a program as it is started.
-type process struct {
-	path  string
-	args  []string
-	env   []string
-	stdin *os.File
-}
-
-func (p process) run(ctx context.Context) (done, error) {
-	cmd := exec.CommandContext(ctx, p.path, p.args...)
-	cmd.Env = append(os.Environ(), p.env...)
-	var out, errs bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &errs
-	if p.stdin != nil {
-		cmd.Stdin = p.stdin // a file is handed on as it is, not copied
-	}
-	begin := time.Now()
-	err := cmd.Run()
-	d := done{out: out.Bytes(), wall: time.Since(begin)}
-	if err != nil {
-		return d, fmt.Errorf("%s: %w: %s", p, err, tail(errs.String()+out.String()))
-	}
-	d.cpu = cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
-	return d, nil
-}
-
-func (p process) String() string {
-	s := filepath.Base(p.path) + " " + strings.Join(p.args, " ")
-	if p.stdin != nil {
-		s += " < " + p.stdin.Name()
-	}
-	return s
-}
-
-func tail(s string) string {
-	s = strings.TrimSpace(s)
-	return s[max(0, len(s)-2000):]
+// used is what a process took that has made a backup.
+type used struct {
+	measure.Done
+	read int64 // bytes of the device, as far as can be told
 }
 
 // back makes one backup and measures it.
@@ -110,7 +64,7 @@ func (b *bench) back(ctx context.Context, t *tool, n int) (backup, error) {
 			return backup{}, err
 		}
 	}
-	before, err := sizeOf(t.repo)
+	before, err := measure.SizeOf(t.repo)
 	if err != nil {
 		return backup{}, err
 	}
@@ -118,24 +72,8 @@ func (b *bench) back(ctx context.Context, t *tool, n int) (backup, error) {
 	if err != nil {
 		return backup{}, err
 	}
-	after, err := sizeOf(t.repo)
-	return backup{d.wall.Seconds(), d.cpu.Seconds(), d.read, after - before}, err
-}
-
-// sizeOf is the size of all files below dir.
-func sizeOf(dir string) (int64, error) {
-	var n int64
-	err := filepath.WalkDir(dir, func(_ string, e fs.DirEntry, err error) error {
-		if err != nil || !e.Type().IsRegular() {
-			return err
-		}
-		info, err := e.Info()
-		if err == nil {
-			n += info.Size()
-		}
-		return err
-	})
-	return n, err
+	after, err := measure.SizeOf(t.repo)
+	return backup{d.Wall.Seconds(), d.CPU.Seconds(), d.read, after - before}, err
 }
 
 func (b *bench) newTool(ctx context.Context, name, binary string) (*tool, error) {

@@ -4,8 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 
@@ -39,31 +37,9 @@ func TestParseBorg(t *testing.T) {
 	}
 }
 
-func TestProcessSharesItsPlaceInTheFile(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "in")
-	if err := os.WriteFile(path, make([]byte, 12345), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	f, err := os.Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = f.Close() }()
-	d, err := process{path: "cat", stdin: f}.run(t.Context())
-	if err != nil || len(d.out) != 12345 || d.wall <= 0 {
-		t.Fatalf("got %d bytes, %v", len(d.out), err)
-	}
-	if at, err := f.Seek(0, 1); err != nil || at != 12345 {
-		t.Fatalf("at %d, %v", at, err)
-	}
-	if _, err := (process{path: "sh", args: []string{"-c", "echo why >&2; exit 3"}}).run(t.Context()); err == nil || !strings.Contains(err.Error(), "why") {
-		t.Fatalf("got %v", err)
-	}
-}
-
 func TestOnlyOurOwnWrongPointsEndTheRun(t *testing.T) {
-	wrong := func(context.Context) error { return errDiffers }
-	if err := (&tool{verify: wrong, verifyEach: true}).check(t.Context()); !errors.Is(err, errDiffers) {
+	wrong := func(context.Context) error { return measure.ErrDiffers }
+	if err := (&tool{verify: wrong, verifyEach: true}).check(t.Context()); !errors.Is(err, measure.ErrDiffers) {
 		t.Errorf("got %v", err)
 	}
 	peer := &tool{Name: "restic", verify: wrong}

@@ -1,4 +1,4 @@
-package main
+package measure
 
 import (
 	"bytes"
@@ -8,11 +8,11 @@ import (
 	"os"
 )
 
-// errDiffers is wrapped when a backup does not give back what is on the device.
-var errDiffers = errors.New("it is not what is on the device")
+// ErrDiffers is wrapped when a backup does not give back what was backed up.
+var ErrDiffers = errors.New("it is not what was backed up")
 
-// same compares all that r gives with all that is in the file or device at path.
-func same(path string, r io.Reader) error {
+// Same compares all that r gives with all that is in the file or device at path.
+func Same(path string, r io.Reader) error {
 	f, err := os.Open(path)
 	if err != nil {
 		return err
@@ -28,10 +28,10 @@ func same(path string, r io.Reader) error {
 			}
 		}
 		if i := differ(a[:n], b[:m]); i >= 0 {
-			return fmt.Errorf("%w: byte %d is another one", errDiffers, off+int64(i))
+			return fmt.Errorf("%w: byte %d is another one", ErrDiffers, off+int64(i))
 		}
 		if n != m {
-			return fmt.Errorf("%w: one ends at byte %d, the other does not", errDiffers, off+int64(min(n, m)))
+			return fmt.Errorf("%w: one ends at byte %d, the other does not", ErrDiffers, off+int64(min(n, m)))
 		}
 		off += int64(n)
 		if errA != nil {
