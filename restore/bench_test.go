@@ -89,3 +89,22 @@ func BenchmarkOverlay(b *testing.B) {
 		}
 	})
 }
+
+// BenchmarkWriteTo restores a point to a new file, and to one that holds it already.
+func BenchmarkWriteTo(b *testing.B) {
+	for name, inPlace := range map[string]bool{"new": false, "same": true} {
+		b.Run(name, func(b *testing.B) {
+			d := benchDisk(b, 1<<20)
+			path := filepath.Join(b.TempDir(), "disk.raw")
+			if _, err := restore.WriteTo(b.Context(), d, path, restore.WriteOptions{}); err != nil {
+				b.Fatal(err)
+			}
+			b.SetBytes(benchSize)
+			for b.Loop() {
+				if _, err := restore.WriteTo(b.Context(), d, path, restore.WriteOptions{Force: !inPlace, InPlace: inPlace}); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}

@@ -29,7 +29,7 @@ const (
 // pack with one request, several requests at a time. dst[i], whose length is the
 // disk's grain in bytes, gets the grain at refs[i], with the guarantees of
 // [Repo.ReadGrain]. done is called once per grain, when it is complete, from
-// several goroutines. ReadGrains returns after the last of them.
+// several goroutines, and must not read itself. ReadGrains returns after the last of them.
 func (r *Repo) ReadGrains(ctx context.Context, refs []Ref, dst [][]byte, done func(i int, err error)) {
 	at := make([]int, 0, len(refs))
 	for i, ref := range refs {
@@ -146,21 +146,27 @@ func (b *batch) span(ctx context.Context, x *packIndex, part []wanted) {
 		b.single(ctx, part[0])
 		return
 	}
+	// What was read is decoded within the limit, which so bounds the buffers too.
+	if b.r.limited(ctx, func() error { return b.spanNow(ctx, x, part) }) == nil {
+		return
+	}
+	for _, w := range part {
+		b.single(ctx, w)
+	}
+}
+
+// spanNow returns an error if nothing could be read.
+func (b *batch) spanNow(ctx context.Context, x *packIndex, part []wanted) error {
 	first, last := part[0].e, part[len(part)-1].e
+	n := int(last.off+last.stored) - int(first.off)
 	buf := b.r.spans.Get().(*[]byte)
 	defer b.r.spans.Put(buf)
-	n := int(last.off+last.stored) - int(first.off)
 	if cap(*buf) < n {
 		*buf = make([]byte, n)
 	}
 	p := (*buf)[:n]
-	if b.r.limited(ctx, func() error {
-		return b.r.readFull(ctx, packObject(b.refs[part[0].i].Pack, x.generation), p, int64(first.off))
-	}) != nil {
-		for _, w := range part {
-			b.single(ctx, w)
-		}
-		return
+	if err := b.r.readFull(ctx, packObject(b.refs[part[0].i].Pack, x.generation), p, int64(first.off)); err != nil {
+		return err
 	}
 	parallel(len(part), func(k int) {
 		w := part[k]
@@ -172,6 +178,7 @@ func (b *batch) span(ctx context.Context, x *packIndex, part []wanted) {
 		from := w.e.off - first.off
 		b.done(w.i, b.r.decode(x, b.refs[w.i], w.e, p[from:from+w.e.stored], dst))
 	})
+	return nil
 }
 
 func (b *batch) single(ctx context.Context, w wanted) {

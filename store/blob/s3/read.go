@@ -85,15 +85,7 @@ func (r *reader) some(ctx context.Context, p []byte) (done int, err error) {
 	if err := r.request(ctx); err != nil {
 		return 0, err
 	}
-	defer r.drop()
-	for done < len(p) && !r.atEnd() {
-		n, err := r.fetch(p[done:])
-		done += n
-		if err != nil {
-			return done, err
-		}
-	}
-	return done, nil
+	return r.drain(p)
 }
 
 // Get implements [blob.Store]. The reader resumes after failures that may pass,
