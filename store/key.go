@@ -38,9 +38,9 @@ type argon2Params struct {
 	Threads uint8  `json:"threads"` // lanes
 }
 
-// argon2Cost is what RFC 9106, section 4 recommends where memory is short, with four times the
-// memory: a backup runs beside virtual machines. A variable so that tests need not pay for it.
-var argon2Cost = argon2Params{Time: 3, Memory: 256 << 10, Threads: 4}
+// argon2Cost is what RFC 9106, section 4 recommends where memory is short: a backup runs beside virtual
+// machines. A variable so that tests need not pay for it.
+var argon2Cost = argon2Params{Time: 3, Memory: 64 << 10, Threads: 4}
 
 // Limits of what a document can ask for: the costs are paid before anything of it can be
 // checked.
