@@ -49,7 +49,7 @@ type convergence struct {
 }
 
 // converge reads what changed, round after round, until the disks show one
-// instant: because nothing was written between two swaps, or because the
+// instant: because nothing was written from a swap until all was read, or because the
 // guest stood still for the last round.
 func (j Job) converge(ctx context.Context, disks []*disk, users []user, notes *checkpoints) (_ outcome, err error) {
 	c := &convergence{job: j, disks: disks, meter: meter{report: j.Progress}, notes: notes}

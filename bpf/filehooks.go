@@ -93,9 +93,8 @@ type fileHooks struct {
 	seam     func([]uint64) []uint64
 
 	mu    sync.Mutex
-	lnk   []link.Link // per hook and copy; none after close, which others may not have noticed
-	progs []*ebpf.Program
-	ids   []uint32
+	progs []*ebpf.Program // per hook and copy; none after close, which others may not have noticed
+	ids   []uint32        // of their links; who held these would decide when the programs are detached
 }
 
 var _ programSet = (*fileHooks)(nil)
@@ -166,12 +165,7 @@ func (h *fileHooks) intact() bool {
 }
 
 func pinnedLinkID(pin string) (uint32, error) {
-	l, err := link.LoadPinnedLink(pin, nil)
-	if err != nil {
-		return 0, err
-	}
-	info, err := l.Info()
-	_ = l.Close()
+	info, err := pinnedLink(pin)
 	if err != nil {
 		return 0, err
 	}
@@ -181,13 +175,15 @@ func pinnedLinkID(pin string) (uint32, error) {
 func (h *fileHooks) close() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for _, l := range h.lnk {
-		_ = l.Close()
-	}
 	for _, p := range h.progs {
 		_ = p.Close()
 	}
-	h.lnk, h.progs, h.ids = nil, nil, nil
+	h.progs, h.ids = nil, nil
+}
+
+// unpin detaches them, see unpinHooks.
+func (h *fileHooks) unpin() (detached bool, err error) {
+	return unpinHooks(filepath.Join(h.dir, "link-*"), detachLimit, func() error { return os.RemoveAll(h.dir) })
 }
 
 // Words of a file system's meta map.
@@ -215,11 +211,23 @@ func (t *Tracker) hooks(fs string, attach bool) (*fileHooks, error) {
 	err := h.adopt()
 	if err != nil && attach {
 		h.close()
-		t.beginHookChange()
-		if err = t.attachFiles(fs, h); err != nil {
-			err = errors.Join(err, os.RemoveAll(h.dir))
+		if old := t.fileHooks[fs]; old != nil {
+			old.close() // or its programs stay
 		}
-		t.endHookChange()
+		t.beginHookChange()
+		var known bool // what is attached
+		// Of a process that died while it attached them.
+		if known, err = h.unpin(); err == nil {
+			err = t.attachFiles(fs, h)
+		}
+		if err != nil {
+			h.close()
+			detached, e := h.unpin()
+			known, err = known && detached, errors.Join(err, e)
+		}
+		if known {
+			t.endHookChange()
+		}
 	}
 	if err != nil {
 		h.close()
@@ -248,14 +256,9 @@ func (h *fileHooks) adopt() error {
 	}
 	h.instance, h.since = m.words[fmetaInstance], time.Unix(0, int64(m.words[fmetaSince]))
 	for i := range len(h.hooks) * copies {
-		l, err := link.LoadPinnedLink(h.pin(i), nil)
+		info, err := pinnedLink(h.pin(i))
 		if err != nil {
 			return fmt.Errorf("%w: program %s: %w", ErrDetached, h.name(i), err)
-		}
-		h.lnk = append(h.lnk, l)
-		info, err := l.Info()
-		if err != nil {
-			return fmt.Errorf("link of %s: %w", h.name(i), err)
 		}
 		if uint64(info.ID) != m.words[fmetaLinks+i] {
 			return fmt.Errorf("%w: program %s was attached again", ErrDetached, h.name(i))
@@ -381,9 +384,6 @@ func (t *Tracker) attachFiles(fs string, h *fileHooks) (err error) {
 			return fmt.Errorf("pin map files: %w", err)
 		}
 	}
-	if err := os.RemoveAll(h.dir); err != nil {
-		return err
-	}
 	if err := os.Mkdir(h.dir, 0o700); err != nil {
 		return err
 	}
@@ -405,7 +405,7 @@ func (h *fileHooks) attach(coll *ebpf.Collection, i int) error {
 	if err != nil {
 		return fmt.Errorf("%w: attach %s to %s: %w", ErrNoFileHooks, h.name(i), h.hooks[i/copies].function, err)
 	}
-	h.lnk = append(h.lnk, l)
+	defer func() { _ = l.Close() }()
 	if err := l.Pin(h.pin(i)); err != nil {
 		return fmt.Errorf("pin link of %s: %w", h.name(i), err)
 	}
@@ -513,12 +513,15 @@ func (t *Tracker) removeFile(key filesFileKey, fs string) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.beginHookChange()
-	defer t.endHookChange()
 	if h := t.fileHooks[fs]; h != nil {
 		h.close()
 		delete(t.fileHooks, fs)
 	}
-	return os.RemoveAll(t.pin("files-" + fs))
+	detached, err := (&fileHooks{dir: t.pin("files-" + fs)}).unpin()
+	if detached {
+		t.endHookChange()
+	}
+	return err
 }
 
 // FileMisses are the events that the programs for image files on one file system have missed since they were

@@ -101,42 +101,52 @@ func (t *Tracker) adopt() error {
 	if newest < 0 {
 		return notAdoptable("the attaching of the pinned tracker was interrupted")
 	}
+	detached := true
 	for _, g := range gens[newest+1:] {
 		t.gen = g
-		if err := t.unpin(); err != nil {
+		done, err := t.unpin()
+		if err != nil {
 			return err
 		}
+		detached = detached && done
 	}
 	t.gen = gens[newest]
 	if err := t.load(); err != nil {
 		return err
 	}
 	for _, g := range gens[:newest] {
-		if err := t.finishUpgrade(g); err != nil {
+		done, err := t.finishUpgrade(g)
+		if err != nil {
 			return err
 		}
+		detached = detached && done
 	}
-	// Of a process that died while it attached or detached.
-	t.endHookChange()
+	// Of a process that died while it attached or detached, or did not see the end of that.
+	if detached {
+		t.endHookChange()
+	}
 	if newest > 0 {
 		return t.sweep()
 	}
 	return nil
 }
 
-// unpin detaches the programs of the tracker's generation, as far as no process holds them.
-func (t *Tracker) unpin() error {
-	if err := os.RemoveAll(t.pin("")); err != nil {
-		return fmt.Errorf("unpin generation %d: %w", t.gen, err)
+// unpin detaches the programs of the tracker's generation, as far as no process holds them, and
+// tells whether those for image files are.
+func (t *Tracker) unpin() (detached bool, err error) {
+	detached, err = unpinHooks(t.pin("files-*/link-*"), detachLimit, func() error { return os.RemoveAll(t.pin("")) })
+	if err != nil {
+		return false, fmt.Errorf("unpin generation %d: %w", t.gen, err)
 	}
-	return nil
+	return detached, nil
 }
 
-// finishUpgrade ends what is left of generation g, which the tracker has replaced.
-func (t *Tracker) finishUpgrade(g uint64) error {
+// finishUpgrade ends what is left of generation g, which the tracker has replaced. It tells whether
+// the programs for image files are detached.
+func (t *Tracker) finishUpgrade(g uint64) (detached bool, err error) {
 	old := newTracker(t.options, g)
 	defer old.closeAll()
-	err := old.load()
+	err = old.load()
 	var not notAdoptable
 	switch {
 	case err == nil:
@@ -145,7 +155,7 @@ func (t *Tracker) finishUpgrade(g uint64) error {
 		// Whatever it left open is closed as lost when its device is acquired.
 		return old.unpin()
 	}
-	return err
+	return false, err
 }
 
 // putText writes as much of s as fits, and a zero.

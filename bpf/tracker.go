@@ -181,12 +181,16 @@ func (t *Tracker) replace() error {
 	if err != nil {
 		return fmt.Errorf("attach the tracker anew, because %s: %w", t.fresh, err)
 	}
-	if err := clearDir(t.dir); err != nil {
+	detached, err := clearTracker(t.dir)
+	if err != nil {
 		return err
 	}
 	t.gen, t.copies = 1, max(t.copies, firstCopies(t.options, t.wholeCalls()))
 	if err := t.build(); err != nil {
 		return fmt.Errorf("attach the tracker: %w", err)
+	}
+	if !detached {
+		t.beginHookChange()
 	}
 	return t.publish(t.fresh)
 }
@@ -263,10 +267,7 @@ func (t *Tracker) closeAll() {
 			t.progs[i] = nil
 		}
 	}
-	for _, h := range t.fileHooks {
-		h.close()
-	}
-	clear(t.fileHooks)
+	t.closeHooks()
 	if t.files != nil {
 		_ = t.files.Close()
 		t.files = nil
@@ -277,6 +278,16 @@ func (t *Tracker) closeAll() {
 		_ = t.meta.Close()
 		t.meta = nil
 	}
+}
+
+// closeHooks lets go of the programs for image files.
+func (t *Tracker) closeHooks() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, h := range t.fileHooks {
+		h.close()
+	}
+	clear(t.fileHooks)
 }
 
 // Remove detaches every program and forgets every device on this host. It
@@ -298,10 +309,15 @@ func Remove(dir string) error {
 	if err != nil {
 		return err
 	}
-	if err := clearDir(dir); err != nil {
+	if _, err := clearTracker(dir); err != nil {
 		return err
 	}
 	return os.Remove(dir)
+}
+
+// clearTracker removes all pins below dir, and tells whether the programs for image files are detached.
+func clearTracker(dir string) (detached bool, err error) {
+	return unpinHooks(filepath.Join(dir, generationPrefix+"*/files-*/link-*"), detachLimit, func() error { return clearDir(dir) })
 }
 
 // mapNames are the pinned maps by their name in tracker.bpf.c.

@@ -75,7 +75,7 @@ func (t *Tracker) upgrade(n int, why string) (*Tracker, error) {
 			_ = os.Remove(e.pin)
 		}
 		next.closeAll()
-		if next.unpin() == nil { // or it is done by the next to come
+		if detached, e := next.unpin(); detached && e == nil { // or it is done by the next to come
 			t.endHookChange()
 		}
 		t.outdated = fmt.Sprintf("the upgrade of the tracker's programs failed: %v", err)
@@ -83,9 +83,11 @@ func (t *Tracker) upgrade(n int, why string) (*Tracker, error) {
 	}
 	defer t.closeAll()
 	next.step("retire")
-	err = t.retire()
-	if err == nil {
+	detached, err := t.retire()
+	if detached {
 		next.endHookChange()
+	}
+	if err == nil {
 		err = next.sweep()
 	}
 	if err != nil {
@@ -269,9 +271,8 @@ func (t *Tracker) continueCounts(old *Tracker, slot uint32) error {
 }
 
 // retire closes the epochs that are still open in t, which another tracker has replaced,
-// and detaches its programs.
-func (t *Tracker) retire() error {
-	var err error
+// and detaches its programs. It tells whether those for image files are detached.
+func (t *Tracker) retire() (detached bool, err error) {
 	t.devices.all(func(at uint32, p place) bool {
 		if err = t.closeEpochs(p.device(), p.slot, blockPrograms{t}); err == nil {
 			// While some of its programs are detached and others not, it would see bios complete that
@@ -281,11 +282,11 @@ func (t *Tracker) retire() error {
 		return err == nil
 	})
 	if err != nil {
-		return err
+		return false, err
 	}
 	files, err := t.inodes()
 	if err != nil {
-		return err
+		return false, err
 	}
 	t.beginHookChange() // unless upgrade, which did not live to come here, has done it
 	for _, f := range files {
@@ -294,9 +295,10 @@ func (t *Tracker) retire() error {
 			continue // closed as lost when it is acquired
 		}
 		if err := t.closeEpochs(f, f.image.Slot, set); err != nil {
-			return err
+			return false, err
 		}
 	}
+	t.closeHooks()
 	t.step("detach")
 	return t.unpin()
 }

@@ -107,7 +107,7 @@ func TestFileUnknown(t *testing.T) {
 			t.Errorf("isatty makes it unknown: %v", d.Unknown)
 		}
 
-		// While a process holds the programs, they live on, but can't be believed.
+		// Without one of its links, nothing is believed.
 		pinned, err := filepath.Glob(filepath.Join(pins, "gen-*", "files-"+fstype, "link-clean_1"))
 		if err != nil || len(pinned) != 1 {
 			t.Fatal(pinned, err)

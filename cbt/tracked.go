@@ -285,12 +285,13 @@ func (v *Evidence) add(e *bpf.Epoch) {
 	v.addMisses(e.LeastMissed())
 }
 
-// addMisses adds, per program, what every copy may have missed.
+// addMisses adds, per program, what every copy may have missed. An epoch from before an upgrade may know of
+// fewer programs, or more.
 func (v *Evidence) addMisses(least []uint64) {
 	if v.LeastMisses == nil {
 		v.LeastMisses = make([]uint64, len(v.Programs))
 	}
-	for p := range v.LeastMisses {
+	for p := range min(len(v.LeastMisses), len(least)) {
 		v.LeastMisses[p] += least[p]
 	}
 }
