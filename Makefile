@@ -39,7 +39,7 @@ check-generate: generate
 	@git diff --exit-code --stat -- bpf || { echo 'bpf: the committed object is not what its source makes: commit the result of "make generate"'; exit 1; }
 
 lint: ## golangci-lint, pinned in tools/go.mod
-	$(LINT) run ./...
+	$(LINT) run --allow-parallel-runners ./...
 
 # Packages run one after the other: they measure pauses and boot emulated
 # machines, and would take each other's processors.
