@@ -72,11 +72,11 @@ var _ blob.Store = (*Store)(nil)
 // server itself.
 func Open(ctx context.Context, l Location, o Options) (*Store, error) {
 	if o.PartSize != 0 && o.PartSize < minPartSize {
-		return nil, fmt.Errorf("open s3:%s: parts of %d bytes, less than 5 MiB", l, o.PartSize)
+		return nil, fmt.Errorf("parts of %d bytes, less than 5 MiB", o.PartSize)
 	}
 	cfg, err := load(ctx, l)
 	if err != nil {
-		return nil, fmt.Errorf("open s3:%s: %w", l, err)
+		return nil, err
 	}
 	var doer Doer = cfg.HTTPClient
 	if o.Wrap != nil {
@@ -89,7 +89,6 @@ func Open(ctx context.Context, l Location, o Options) (*Store, error) {
 		// their own, and what is read is checked against its hash by package store.
 		so.RequestChecksumCalculation = aws.RequestChecksumCalculationWhenRequired
 		so.ResponseChecksumValidation = aws.ResponseChecksumValidationWhenRequired
-		so.Logger = logging.Nop{} // what matters is in errors
 		so.DisableLogOutputChecksumValidationSkipped = true
 		if l.Endpoint != "" {
 			so.BaseEndpoint = aws.String(l.Endpoint)
@@ -123,7 +122,7 @@ func load(ctx context.Context, l Location) (aws.Config, error) {
 			t.TLSHandshakeTimeout = connectTimeout
 		})
 	transport.GetDialer().Timeout = connectTimeout
-	opts := []func(*config.LoadOptions) error{config.WithHTTPClient(transport)}
+	opts := []func(*config.LoadOptions) error{config.WithHTTPClient(transport), config.WithLogger(logging.Nop{})} // what matters is in errors
 	if l.Region != "" {
 		opts = append(opts, config.WithRegion(l.Region))
 	}
