@@ -143,7 +143,7 @@ func (w *Writer) Unfinished(ctx context.Context) (_ *Partial, why string, err er
 
 // findPartial looks for a checkpoint that continues w's parent. A damaged one must not stop all later backups.
 func (w *Writer) findPartial(ctx context.Context) error {
-	p, err := w.repo.newestPartial(ctx, w.vm)
+	p, err := w.repo.newestPartial(ctx, w.repo.partialFolder(w.vm))
 	switch {
 	case errors.Is(err, ErrCorrupt), errors.Is(err, ErrVersion):
 		w.partialLost = err.Error()
@@ -172,17 +172,18 @@ const partialGrace = 24 * time.Hour
 // before it lists the sessions, and again after, and marks what the second call returned: a writer announces its
 // session before it sees that the checkpoint is there still.
 func (r *Repo) livePartials(ctx context.Context, now time.Time) (live []*Partial, err error) {
-	vms, err := r.blobs.ListDirs(ctx, partialPrefix)
+	folders, err := r.blobs.ListDirs(ctx, partialPrefix)
 	if err != nil {
 		return nil, err
 	}
-	for _, vm := range vms {
-		p, err := r.newestPartial(ctx, vm)
+	for _, folder := range folders {
+		folder = partialPrefix + folder + "/"
+		p, err := r.newestPartial(ctx, folder)
 		if err != nil && !errors.Is(err, ErrCorrupt) {
 			return nil, err
 		}
 		if p != nil {
-			newest, err := r.newestPoint(ctx, vm)
+			newest, err := r.newestPoint(ctx, p.VM)
 			if err != nil {
 				return nil, err
 			}
@@ -190,7 +191,7 @@ func (r *Repo) livePartials(ctx context.Context, now time.Time) (live []*Partial
 				p = nil
 			}
 		}
-		for info, err := range r.blobs.List(ctx, partialPrefix+vm+"/") {
+		for info, err := range r.blobs.List(ctx, folder) {
 			if err != nil {
 				return nil, err
 			}
@@ -215,10 +216,10 @@ func (r *Repo) newestPoint(ctx context.Context, vm string) (*Point, error) {
 	return w.parent, err
 }
 
-// newestPartial returns nil if there is none.
-func (r *Repo) newestPartial(ctx context.Context, vm string) (*Partial, error) {
+// newestPartial returns nil if there is none in the folder.
+func (r *Repo) newestPartial(ctx context.Context, folder string) (*Partial, error) {
 	last := ""
-	for info, err := range r.blobs.List(ctx, r.partialFolder(vm)) {
+	for info, err := range r.blobs.List(ctx, folder) {
 		if err != nil {
 			return nil, err
 		}
@@ -234,7 +235,7 @@ func (r *Repo) newestPartial(ctx context.Context, vm string) (*Partial, error) {
 		}
 		return nil, err
 	}
-	if !strings.HasPrefix(last, r.partialFolder(p.VM)+p.Time.UTC().Format(pointTime)+"-") {
+	if r.partialFolder(p.VM) != folder || !strings.HasPrefix(last, folder+p.Time.UTC().Format(pointTime)+"-") {
 		return nil, &CorruptError{last, "it is another one"}
 	}
 	if err := p.validate(); err != nil {

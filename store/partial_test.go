@@ -148,7 +148,7 @@ func TestCheckpointThatCannotBeUsed(t *testing.T) {
 			backup(t, r, DiskOptions{Size: 4 << 20}, write{0, image})
 		}, ""},
 		"expired": {func(t *testing.T, r *Repo, _ string) {
-			p, err := r.newestPartial(t.Context(), "a")
+			p, err := r.newestPartial(t.Context(), r.partialFolder("a"))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -331,7 +331,12 @@ func TestResumedAfterKillAtEveryMoment(t *testing.T) {
 }
 
 func TestOnlyCheckpointsThatCanBeTakenUpLive(t *testing.T) {
-	r := testRepo(t)
+	for name, make := range map[string]func(testing.TB) *Repo{"plain": testRepo, "encrypted": encryptedRepo} {
+		t.Run(name, func(t *testing.T) { testLivePartials(t, make(t)) })
+	}
+}
+
+func testLivePartials(t *testing.T, r *Repo) {
 	image := noise(8, 4<<20)
 	note := func() {
 		part(t, r, 4<<20, func(w *Writer, d *DiskWriter, _ *Partial) {
@@ -368,6 +373,11 @@ func TestOnlyCheckpointsThatCanBeTakenUpLive(t *testing.T) {
 	live(time.Now(), 0)
 	note() // of the point
 	live(time.Now(), 1)
+	part(t, r, 4<<20, func(_ *Writer, _ *DiskWriter, p *Partial) {
+		if p == nil || p.Parent == "" {
+			t.Errorf("%+v was not taken up", p)
+		}
+	})
 	all, err := filepath.Glob(filepath.Join(r.Location(), "partial/*/*"))
 	if err == nil {
 		err = os.WriteFile(all[0], []byte("damaged"), 0o600)
