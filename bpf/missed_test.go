@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"sync/atomic"
 	"testing"
 
@@ -39,8 +40,11 @@ func TestRescuedCallsAreCounted(t *testing.T) {
 			dev := sparseLoop(t, 1<<20).Label()
 			var tr *Tracker
 			var extra Misses
-			tr = openTest(t, Options{Copies: copies, Preemptible: true, Misses: func(Misses) Misses {
-				m := extra
+			tr = openTest(t, Options{Copies: copies, Preemptible: true, Misses: func(m Misses) Misses {
+				if tr == nil {
+					return m // it is being attached
+				}
+				m = extra
 				for p := range programs {
 					m[p*copies] += tr.calls.words[callsBefore+p] + atomic.LoadUint64(&tr.calls.words[2*p+callsRescued]) - atomic.LoadUint64(&tr.calls.words[2*p+callsUnnoted])
 				}
@@ -99,5 +103,30 @@ func TestRescuedCallsAreCounted(t *testing.T) {
 				t.Errorf("every copy of the second program missed one: %b, %v", got, err)
 			}
 		})
+	}
+}
+
+// What the first copy missed while others were being attached would be missing for ever: then all are attached again.
+func TestAttachedAgainUntilItVouches(t *testing.T) {
+	var first uint32
+	pin := filepath.Join(testDir(t), "gen-1", "link-bio_queue_0")
+	tr := openTest(t, Options{Copies: copies, Preemptible: true, Misses: func(m Misses) Misses {
+		id, err := pinnedLinkID(pin)
+		if err != nil {
+			t.Error(err)
+		}
+		if first == 0 {
+			first = id
+		}
+		if id == first {
+			m[0]++
+		}
+		return m
+	}})
+	if tr.LinkIDs()[0] == first {
+		t.Error("attached once")
+	}
+	if got, err := tr.vouched(); err != nil || got != 7 {
+		t.Errorf("vouched for: %b, %v", got, err)
 	}
 }

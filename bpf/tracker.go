@@ -186,7 +186,7 @@ func (t *Tracker) replace() error {
 		return err
 	}
 	t.gen, t.copies = 1, max(t.copies, firstCopies(t.options, t.wholeCalls()))
-	if err := t.build(); err != nil {
+	if err := t.buildWhole(); err != nil {
 		return fmt.Errorf("attach the tracker: %w", err)
 	}
 	if !detached {
@@ -468,6 +468,27 @@ func (t *Tracker) mapShared() error {
 	}
 	t.devices, err = mapTable(t.maps.Devices)
 	return err
+}
+
+// attachTries is how often programs are attached until no event was missed by all copies meanwhile.
+const attachTries = 5
+
+// buildWhole is build. Where calls are noted, what the first copy misses just when others come is rescued by none: such
+// a tracker could never vouch for anything, so another one is built.
+func (t *Tracker) buildWhole() error {
+	for try := 1; ; try++ {
+		if err := t.build(); err != nil || t.wholeCalls() || t.copies == 1 || try == attachTries {
+			return err
+		}
+		vouched, err := t.vouched()
+		if err != nil || vouched == 1<<len(programs)-1 {
+			return err
+		}
+		t.closeAll()
+		if _, err := t.unpin(); err != nil {
+			return err
+		}
+	}
 }
 
 // build attaches the programs with maps of their own, and pins all but what makes others

@@ -118,21 +118,11 @@ func (w *Writer) checkpoint(ctx context.Context, disks []PartialDisk) error {
 
 // Unfinished returns the newest checkpoint of a backup that continued the same point as w does, if it has
 // not expired and all that it names is there; else nil, and why, if there is one that can't be
-// used. [DiskOptions.Resume] takes its disks.
+// used. [DiskOptions.Resume] takes its disks. It reads the whole map and the index of every pack in it.
 func (w *Writer) Unfinished(ctx context.Context) (_ *Partial, why string, err error) {
-	p, err := w.repo.newestPartial(ctx, w.vm)
-	if p == nil || err != nil {
-		if errors.Is(err, ErrCorrupt) || errors.Is(err, ErrVersion) {
-			return nil, err.Error(), nil
-		}
-		return nil, "", err
-	}
-	parent := ""
-	if w.parent != nil {
-		parent = w.parent.ID
-	}
-	if p.Parent != parent || time.Now().After(p.Expires) {
-		return nil, "", nil
+	p := w.partial
+	if p == nil {
+		return nil, w.partialLost, nil
 	}
 	// A grain that is lost would be in the point, unread.
 	fresh, err := newReader(w.repo.blobs, w.repo.repo, w.repo.codec, w.repo.keys)
@@ -151,10 +141,85 @@ func (w *Writer) Unfinished(ctx context.Context) (_ *Partial, why string, err er
 	return p, "", nil
 }
 
-// newestPartial returns nil if there is none.
-func (r *Repo) newestPartial(ctx context.Context, vm string) (*Partial, error) {
+// findPartial looks for a checkpoint that continues w's parent. A damaged one must not stop all later backups.
+func (w *Writer) findPartial(ctx context.Context) error {
+	p, err := w.repo.newestPartial(ctx, w.repo.partialFolder(w.vm))
+	switch {
+	case errors.Is(err, ErrCorrupt), errors.Is(err, ErrVersion):
+		w.partialLost = err.Error()
+	case err != nil:
+		return err
+	case p != nil && p.continues(w.parent) && time.Now().Before(p.Expires):
+		w.partial = p
+	}
+	return nil
+}
+
+// continues tells whether p builds on parent, which is nil if the VM has no points.
+func (p *Partial) continues(parent *Point) bool {
+	if parent == nil {
+		return p.Parent == ""
+	}
+	return p.Parent == parent.ID
+}
+
+// partialGrace is how much later than writers a collection takes a checkpoint for expired: for clocks
+// that differ, and so that whoever took it up in time has long said so.
+const partialGrace = 24 * time.Hour
+
+// livePartials deletes the checkpoints from which no backup can be taken up any more (expired, damaged, not the newest
+// of its VM, or of another parent than the VM's newest point) and returns the others. A collection calls it
+// before it lists the sessions, and again after, and marks what the second call returned: a writer announces its
+// session before it sees that the checkpoint is there still.
+func (r *Repo) livePartials(ctx context.Context, now time.Time) (live []*Partial, err error) {
+	folders, err := r.blobs.ListDirs(ctx, partialPrefix)
+	if err != nil {
+		return nil, err
+	}
+	for _, folder := range folders {
+		folder = partialPrefix + folder + "/"
+		p, err := r.newestPartial(ctx, folder)
+		if err != nil && !errors.Is(err, ErrCorrupt) {
+			return nil, err
+		}
+		if p != nil {
+			newest, err := r.newestPoint(ctx, p.VM)
+			if err != nil {
+				return nil, err
+			}
+			if now.After(p.Expires.Add(partialGrace)) || !p.continues(newest) {
+				p = nil
+			}
+		}
+		for info, err := range r.blobs.List(ctx, folder) {
+			if err != nil {
+				return nil, err
+			}
+			if p != nil && info.Name >= p.object { // a newer one came meanwhile
+				continue
+			}
+			if err := r.blobs.Delete(ctx, info.Name); err != nil && !errors.Is(err, ErrNotFound) {
+				return nil, err
+			}
+		}
+		if p != nil {
+			live = append(live, p)
+		}
+	}
+	return live, nil
+}
+
+// newestPoint returns the newest point that can be read, or nil.
+func (r *Repo) newestPoint(ctx context.Context, vm string) (*Point, error) {
+	w := Writer{repo: r, vm: vm}
+	err := w.findParent(ctx)
+	return w.parent, err
+}
+
+// newestPartial returns nil if there is none in the folder.
+func (r *Repo) newestPartial(ctx context.Context, folder string) (*Partial, error) {
 	last := ""
-	for info, err := range r.blobs.List(ctx, r.partialFolder(vm)) {
+	for info, err := range r.blobs.List(ctx, folder) {
 		if err != nil {
 			return nil, err
 		}
@@ -170,7 +235,7 @@ func (r *Repo) newestPartial(ctx context.Context, vm string) (*Partial, error) {
 		}
 		return nil, err
 	}
-	if !strings.HasPrefix(last, r.partialFolder(p.VM)+p.Time.UTC().Format(pointTime)+"-") {
+	if r.partialFolder(p.VM) != folder || !strings.HasPrefix(last, folder+p.Time.UTC().Format(pointTime)+"-") {
 		return nil, &CorruptError{last, "it is another one"}
 	}
 	if err := p.validate(); err != nil {
