@@ -102,10 +102,23 @@ func (p Passphrase) open(s *slot, repo [16]byte) (*opener, bool) {
 }
 
 func (p Passphrase) ring(ctx context.Context, b blob.Store, repo [16]byte) (*ring, uint64, *opener, error) {
-	docs, err := listKeyDocs(ctx, b)
-	if err != nil {
-		return nil, 0, nil, err
+	for move := 0; ; move++ {
+		docs, err := listKeyDocs(ctx, b)
+		if err != nil {
+			return nil, 0, nil, err
+		}
+		o, gone, err := p.find(ctx, b, docs, repo)
+		if err == nil {
+			return o.ring(ctx, b, docs, repo)
+		}
+		if !gone || move == maxMoves { // else keys were changed between the listing and now
+			return nil, 0, nil, err
+		}
 	}
+}
+
+// find looks for a slot that p opens. It also tells whether a document that was listed is gone.
+func (p Passphrase) find(ctx context.Context, b blob.Store, docs []listedDoc, repo [16]byte) (_ *opener, gone bool, _ error) {
 	var damage error
 	for _, l := range docs[:min(len(docs), maxKeyDocs)] {
 		d, err := readKeyDoc(ctx, b, l, repo)
@@ -114,30 +127,31 @@ func (p Passphrase) ring(ctx context.Context, b blob.Store, repo [16]byte) (*rin
 			damage = err
 			continue
 		case errors.Is(err, ErrNotFound):
+			gone = true
 			continue
 		case err != nil:
-			return nil, 0, nil, err
+			return nil, gone, err
 		}
 		for i := range d.Slots {
 			if d.Slots[i].Kind != slotPassphrase {
 				continue
 			}
 			if err := ctx.Err(); err != nil {
-				return nil, 0, nil, err
+				return nil, gone, err
 			}
 			if o, ok := p.open(&d.Slots[i], repo); ok {
-				return o.ring(ctx, b, docs, repo)
+				return o, gone, nil
 			}
 		}
 	}
 	if damage != nil {
-		return nil, 0, nil, damage
+		return nil, gone, damage
 	}
 	if len(docs) == 0 {
-		_, err := (&opener{}).newest(ctx, b, nil, repo)
-		return nil, 0, nil, err
+		_, gone, err := (&opener{}).newestOf(ctx, b, nil, repo)
+		return nil, gone, err
 	}
-	return nil, 0, nil, fmt.Errorf("%w: wrong passphrase", ErrKey)
+	return nil, gone, fmt.Errorf("%w: wrong passphrase", ErrKey)
 }
 
 func (o *opener) ring(ctx context.Context, b blob.Store, docs []listedDoc, repo [16]byte) (*ring, uint64, *opener, error) {

@@ -343,18 +343,33 @@ type opener struct {
 // newest returns the newest document that the repository has signed. Others are passed
 // over: whoever can put objects could make them. The error wraps ErrNotFound if there is none.
 func (o *opener) newest(ctx context.Context, b blob.Store, docs []listedDoc, repo [16]byte) (*signedDoc, error) {
+	for move := 0; ; move++ {
+		d, gone, err := o.newestOf(ctx, b, docs, repo)
+		if err == nil || !gone || move == maxMoves {
+			return d, err
+		}
+		// Keys were changed between the listing and now.
+		if docs, err = listKeyDocs(ctx, b); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// newestOf also tells whether a document that was listed is gone.
+func (o *opener) newestOf(ctx context.Context, b blob.Store, docs []listedDoc, repo [16]byte) (_ *signedDoc, gone bool, _ error) {
 	var first error
 	for _, l := range docs[:min(len(docs), maxKeyDocs)] {
 		d, err := readKeyDoc(ctx, b, l, repo)
 		switch {
 		case err == nil && d.signedBy(o.anchor):
-			return d, nil
+			return d, gone, nil
 		case err == nil:
 			err = &CorruptError{l.name, "it is not signed by this repository's key"}
-		case errors.Is(err, ErrNotFound): // deleted since it was listed
+		case errors.Is(err, ErrNotFound):
+			gone = true
 			continue
 		case !errors.Is(err, ErrCorrupt):
-			return nil, err
+			return nil, gone, err
 		}
 		if first == nil {
 			first = err
@@ -363,7 +378,7 @@ func (o *opener) newest(ctx context.Context, b blob.Store, docs []listedDoc, rep
 	if first == nil {
 		first = &CorruptError{keyPrefix, "the repository is encrypted and has no document of keys any more; an exported key file opens it"}
 	}
-	return nil, first
+	return nil, gone, first
 }
 
 // open returns the ring that d holds for o.

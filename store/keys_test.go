@@ -667,6 +667,44 @@ func (b *beforePut) Put(ctx context.Context, name string, r io.Reader, size int6
 	return b.Store.Put(ctx, name, r, size)
 }
 
+// Keys that change while they are looked for are found all the same.
+func TestKeysThatMoveAreFollowed(t *testing.T) {
+	r := encryptedRepo(t)
+	file, _ := addFile(t, r, FullKey)
+	for _, k := range []Key{testPassphrase, file} {
+		other := reopenFull(t, r)
+		b := &beforeGet{Store: r.blobs, name: keyPrefix}
+		for range 2 {
+			b.do = append(b.do, func() {
+				if _, err := other.RotateKeys(t.Context()); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		o := options{key: k}
+		ring, err := o.open(t.Context(), b, r.config)
+		if err != nil || len(b.do) != 0 || ring.newest().number != other.keys.newest().number {
+			t.Errorf("%T: %v, %d changes left", k, err, len(b.do))
+		}
+	}
+}
+
+// beforeGet calls do, one by one, before Gets of names that begin so.
+type beforeGet struct {
+	blob.Store
+	name string
+	do   []func()
+}
+
+func (b *beforeGet) Get(ctx context.Context, name string, off, n int64) (io.ReadCloser, error) {
+	if strings.HasPrefix(name, b.name) && len(b.do) > 0 {
+		do := b.do[0]
+		b.do = b.do[1:]
+		do()
+	}
+	return b.Store.Get(ctx, name, off, n)
+}
+
 // Killed between any two operations, a change of keys is made or not, and the repository opens.
 func TestKeyChangeCutShort(t *testing.T) {
 	stop := errors.New("killed")
