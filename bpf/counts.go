@@ -19,6 +19,10 @@ type Counts struct {
 // Events changes whenever a program ran for the device or was dropped on this
 // host: as long as it stays the same, nobody wrote.
 func (r *Registration) Events() (uint64, error) {
+	// Without its pins, a program for image files is detached, and counts nothing.
+	if h, ok := r.programs.(*fileHooks); ok && !h.intact() {
+		return 0, ErrDetached
+	}
 	missed, err := r.programs.missed()
 	if err != nil {
 		return 0, err

@@ -181,6 +181,26 @@ func (h *fileHooks) close() {
 	h.progs, h.ids = nil, nil
 }
 
+// letGo closes programs for image files that no open registration uses: who holds them keeps others from
+// knowing that they are detached. The caller has locked t.mu.
+func (t *Tracker) letGo(set programSet) {
+	h, ok := set.(*fileHooks)
+	if !ok {
+		return
+	}
+	for r := range t.open {
+		if r.programs == set {
+			return
+		}
+	}
+	h.close()
+	for fs, cached := range t.fileHooks {
+		if cached == h {
+			delete(t.fileHooks, fs)
+		}
+	}
+}
+
 // unpin detaches them, see unpinHooks.
 func (h *fileHooks) unpin() (detached bool, err error) {
 	return unpinHooks(filepath.Join(h.dir, "link-*"), detachLimit, func() error { return os.RemoveAll(h.dir) })

@@ -125,3 +125,18 @@ func TestUpgradeNamesTheFilesItDrops(t *testing.T) {
 		})
 	}
 }
+
+// The last registration that is closed lets go of the programs, so that others can see them detached.
+func TestFileHooksAreHeldByRegistrations(t *testing.T) {
+	h := &fileHooks{ids: []uint32{1}}
+	a, b := &Registration{programs: h}, &Registration{programs: h}
+	tr := &Tracker{open: map[*Registration]struct{}{a: {}, b: {}}, fileHooks: map[string]*fileHooks{"ext4": h}}
+	delete(tr.open, a)
+	if tr.letGo(h); tr.fileHooks["ext4"] != h || h.ids == nil {
+		t.Error("the other one needs it")
+	}
+	delete(tr.open, b)
+	if tr.letGo(h); len(tr.fileHooks) != 0 || h.ids != nil {
+		t.Error("held still")
+	}
+}

@@ -576,6 +576,7 @@ func (r *Registration) Close() error {
 	}
 	r.t.mu.Lock()
 	delete(r.t.open, r)
+	r.t.letGo(r.programs)
 	r.t.mu.Unlock()
 	r.closeEpochs()
 	err := r.lock.Close()

@@ -115,6 +115,9 @@ func TestFileUnknown(t *testing.T) {
 		if err := os.Remove(pinned[0]); err != nil {
 			t.Fatal(err)
 		}
+		if _, err := s.Writes(); !errors.Is(err, bpf.ErrDetached) {
+			t.Errorf("nobody wrote, says one that sees nothing: %v", err)
+		}
 		d = changes(t, s, d.ID)
 		wantUnknown(t, d, smallImage, "detached")
 		_ = s.Close()
