@@ -15,8 +15,10 @@ import (
 const (
 	partialPrefix = "partial/"
 
-	// PartialLife is how long a backup that was interrupted can be taken up again.
-	PartialLife = 7 * 24 * time.Hour
+	// PartialLife is how long a checkpoint lives. A backup is not taken up from it any more in the last
+	// partialGrace: collections may have other clocks.
+	PartialLife  = 8 * 24 * time.Hour
+	partialGrace = 24 * time.Hour
 
 	// maxCovered bounds the extents of one disk in a partial. What they don't hold is read again.
 	maxCovered = 1 << 14
@@ -120,9 +122,15 @@ func (w *Writer) checkpoint(ctx context.Context, disks []PartialDisk) error {
 // not expired and all that it names is there; else nil, and why, if there is one that can't be
 // used. [DiskOptions.Resume] takes its disks. It reads the whole map and the index of every pack in it.
 func (w *Writer) Unfinished(ctx context.Context) (_ *Partial, why string, err error) {
-	p := w.partial
-	if p == nil {
-		return nil, w.partialLost, nil
+	// After Begin: a collection lets whatever was begun before its verdict end first.
+	p, err := w.repo.newestPartial(ctx, w.repo.partialFolder(w.vm))
+	switch {
+	case errors.Is(err, ErrCorrupt), errors.Is(err, ErrVersion):
+		return nil, err.Error(), nil // it must not stop all later backups
+	case err != nil:
+		return nil, "", err
+	case p == nil || !p.continues(w.parent) || time.Until(p.Expires) < partialGrace:
+		return nil, "", nil
 	}
 	// A grain that is lost would be in the point, unread.
 	fresh, err := newReader(w.repo.blobs, w.repo.repo, w.repo.codec, w.repo.keys)
@@ -141,79 +149,12 @@ func (w *Writer) Unfinished(ctx context.Context) (_ *Partial, why string, err er
 	return p, "", nil
 }
 
-// findPartial looks for a checkpoint that continues w's parent. A damaged one must not stop all later backups.
-func (w *Writer) findPartial(ctx context.Context) error {
-	p, err := w.repo.newestPartial(ctx, w.repo.partialFolder(w.vm))
-	switch {
-	case errors.Is(err, ErrCorrupt), errors.Is(err, ErrVersion):
-		w.partialLost = err.Error()
-	case err != nil:
-		return err
-	case p != nil && p.continues(w.parent) && time.Now().Before(p.Expires):
-		w.partial = p
-	}
-	return nil
-}
-
 // continues tells whether p builds on parent, which is nil if the VM has no points.
 func (p *Partial) continues(parent *Point) bool {
 	if parent == nil {
 		return p.Parent == ""
 	}
 	return p.Parent == parent.ID
-}
-
-// partialGrace is how much later than writers a collection takes a checkpoint for expired: for clocks
-// that differ, and so that whoever took it up in time has long said so.
-const partialGrace = 24 * time.Hour
-
-// livePartials deletes the checkpoints from which no backup can be taken up any more (expired, damaged, not the newest
-// of its VM, or of another parent than the VM's newest point) and returns the others. A collection calls it
-// before it lists the sessions, and again after, and marks what the second call returned: a writer announces its
-// session before it sees that the checkpoint is there still.
-func (r *Repo) livePartials(ctx context.Context, now time.Time) (live []*Partial, err error) {
-	folders, err := r.blobs.ListDirs(ctx, partialPrefix)
-	if err != nil {
-		return nil, err
-	}
-	for _, folder := range folders {
-		folder = partialPrefix + folder + "/"
-		p, err := r.newestPartial(ctx, folder)
-		if err != nil && !errors.Is(err, ErrCorrupt) {
-			return nil, err
-		}
-		if p != nil {
-			newest, err := r.newestPoint(ctx, p.VM)
-			if err != nil {
-				return nil, err
-			}
-			if now.After(p.Expires.Add(partialGrace)) || !p.continues(newest) {
-				p = nil
-			}
-		}
-		for info, err := range r.blobs.List(ctx, folder) {
-			if err != nil {
-				return nil, err
-			}
-			if p != nil && info.Name >= p.object { // a newer one came meanwhile
-				continue
-			}
-			if err := r.blobs.Delete(ctx, info.Name); err != nil && !errors.Is(err, ErrNotFound) {
-				return nil, err
-			}
-		}
-		if p != nil {
-			live = append(live, p)
-		}
-	}
-	return live, nil
-}
-
-// newestPoint returns the newest point that can be read, or nil.
-func (r *Repo) newestPoint(ctx context.Context, vm string) (*Point, error) {
-	w := Writer{repo: r, vm: vm}
-	err := w.findParent(ctx)
-	return w.parent, err
 }
 
 // newestPartial returns nil if there is none in the folder.

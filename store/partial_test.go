@@ -152,7 +152,7 @@ func TestCheckpointThatCannotBeUsed(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			p.Time, p.Expires = p.Time.Add(time.Second), time.Now().Add(-time.Second)
+			p.Time, p.Expires = p.Time.Add(time.Second), time.Now().Add(partialGrace-time.Second)
 			if err := r.putDocument(t.Context(), r.partialName("a", p.Time), "partial", p); err != nil {
 				t.Fatal(err)
 			}
@@ -330,60 +330,22 @@ func TestResumedAfterKillAtEveryMoment(t *testing.T) {
 	})
 }
 
-func TestOnlyCheckpointsThatCanBeTakenUpLive(t *testing.T) {
-	for name, make := range map[string]func(testing.TB) *Repo{"plain": testRepo, "encrypted": encryptedRepo} {
-		t.Run(name, func(t *testing.T) { testLivePartials(t, make(t)) })
-	}
-}
-
-func testLivePartials(t *testing.T, r *Repo) {
+func TestCheckpointOfAnEncryptedRepository(t *testing.T) {
+	r := encryptedRepo(t)
 	image := noise(8, 4<<20)
-	note := func() {
-		part(t, r, 4<<20, func(w *Writer, d *DiskWriter, _ *Partial) {
-			put(t, d, image, 0, 1<<20)
-			checkpoint(t, w, Covered{0, 1 << 20})
-			put(t, d, image, 1<<20, 1<<20)
-			checkpoint(t, w, Covered{0, 2 << 20})
-		})
-	}
-	objects := func() int {
-		all, err := filepath.Glob(filepath.Join(r.Location(), "partial/*/*"))
+	part(t, r, 4<<20, func(w *Writer, d *DiskWriter, _ *Partial) {
+		put(t, d, image, 0, 3<<20)
+		checkpoint(t, w, Covered{0, 3 << 20})
+	})
+	part(t, r, 4<<20, func(w *Writer, d *DiskWriter, p *Partial) {
+		if p == nil {
+			t.Fatal("nothing was taken up")
+		}
+		put(t, d, image, 3<<20, 1<<20)
+		done, err := w.Commit(t.Context(), testPoint("disk0"))
 		if err != nil {
 			t.Fatal(err)
 		}
-		return len(all)
-	}
-	live := func(now time.Time, want int) {
-		t.Helper()
-		got, err := r.livePartials(t.Context(), now)
-		if err != nil || len(got) != want || objects() != want {
-			t.Errorf("%d live, %d objects, %v; want %d", len(got), objects(), err, want)
-		}
-		if want == 1 && got[0].Disks[0].Covered[0].Len != 2<<20 {
-			t.Errorf("not the newest: %+v", got[0].Disks)
-		}
-	}
-	live(time.Now(), 0)
-	note()
-	live(time.Now(), 1)
-	live(time.Now().Add(PartialLife+time.Hour), 1)
-	live(time.Now().Add(PartialLife+2*partialGrace), 0)
-	note()
-	backup(t, r, DiskOptions{Size: 4 << 20}, write{0, image})
-	live(time.Now(), 0)
-	note() // of the point
-	live(time.Now(), 1)
-	part(t, r, 4<<20, func(_ *Writer, _ *DiskWriter, p *Partial) {
-		if p == nil || p.Parent == "" {
-			t.Errorf("%+v was not taken up", p)
-		}
+		wantDisk(t, r, done, image)
 	})
-	all, err := filepath.Glob(filepath.Join(r.Location(), "partial/*/*"))
-	if err == nil {
-		err = os.WriteFile(all[0], []byte("damaged"), 0o600)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	live(time.Now(), 0)
 }

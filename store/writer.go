@@ -26,9 +26,6 @@ type Writer struct {
 	newest time.Time // of all points listed, readable or not
 	broken []error
 
-	partial     *Partial // that continues parent, or nil
-	partialLost string   // why there is none
-
 	data, nodes *packWriter
 	session     *session
 	unlock      func() error
@@ -65,7 +62,7 @@ func (r *Repo) Begin(ctx context.Context, vm string) (_ *Writer, err error) {
 		}
 		w.locked = true
 	}
-	if err := errors.Join(w.findParent(ctx), w.findPartial(ctx)); err != nil {
+	if err := w.findParent(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("backup of %s: %w", vm, err), w.unlock())
 	}
 	r.share.writers.Add(1)
