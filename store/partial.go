@@ -138,7 +138,48 @@ func (w *Writer) Unfinished(ctx context.Context) (_ *Partial, why string, err er
 	if n := len(v.report.Problems); n > 0 {
 		return nil, fmt.Sprintf("%s: %d problems, such as %s: %s", p.object, n, v.report.Problems[0].Object, v.report.Problems[0].What), nil
 	}
+	// Nor may it lead to what a garbage collection is about to delete: nothing protects that but this
+	// Writer's session, which a collection that began before does not wait for.
+	for id := range v.packs {
+		if _, ok := w.writing.condemned[id]; ok {
+			return nil, fmt.Sprintf("%s: a garbage collection is at what it had stored", p.object), nil
+		}
+	}
 	return p, "", nil
+}
+
+// partials lists the checkpoints of all VMs. Damaged ones are left out.
+func (r *Repo) partials(ctx context.Context) ([]*Partial, error) {
+	var names []string
+	for info, err := range r.blobs.List(ctx, partialPrefix) {
+		if err != nil {
+			return nil, err
+		}
+		names = append(names, info.Name)
+	}
+	var out []*Partial
+	for _, name := range names {
+		p := &Partial{object: name}
+		err := r.document(ctx, name, "partial", p)
+		switch {
+		case err == nil && p.validate() == nil:
+			out = append(out, p)
+		case err == nil, errors.Is(err, ErrNotFound), errors.Is(err, ErrCorrupt), errors.Is(err, ErrVersion):
+		default:
+			return nil, err
+		}
+	}
+	return out, nil
+}
+
+// roots are the maps of a checkpoint.
+func (p *Partial) roots() (out []rootRef) {
+	for i := range p.Disks {
+		if root := p.Disks[i].Root; !root.Ref.IsZero() {
+			out = append(out, rootRef{root.Ref, root.Level})
+		}
+	}
+	return out
 }
 
 // findPartial looks for a checkpoint that continues w's parent. A damaged one must not stop all later backups.

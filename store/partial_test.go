@@ -166,7 +166,7 @@ func TestCheckpointThatCannotBeUsed(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-		}, map[bool]string{false: "another", true: "this name"}[testEncrypted]},
+		}, map[bool]string{false: "hash and name", true: "this name"}[testEncrypted]},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := testRepo(t)
@@ -210,7 +210,7 @@ func TestCheckpointChecksItsArguments(t *testing.T) {
 }
 
 func FuzzPartial(f *testing.F) {
-	doc, err := encodeDocument("partial", Partial{VM: "a", Disks: []PartialDisk{{Name: "disk0", Root: Root{Size: 1 << 20, Grain: k64}, Covered: []Covered{{0, k64}}}}})
+	doc, err := encodeDocument("partial/a/x", "partial", Partial{VM: "a", Disks: []PartialDisk{{Name: "disk0", Root: Root{Size: 1 << 20, Grain: k64}, Covered: []Covered{{0, k64}}}}})
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -219,7 +219,7 @@ func FuzzPartial(f *testing.F) {
 	f.Add([]byte("{}"))
 	f.Fuzz(func(t *testing.T, body []byte) {
 		head := "tidemark-partial 1 "
-		doc := append(fmt.Appendf(nil, "%s%s\n", head, plainHasher.sum(append([]byte(head), body...))), body...)
+		doc := append(fmt.Appendf(nil, "%s%s\n", head, documentHash("partial/a/x", []byte(head), body)), body...)
 		var p Partial
 		if decodeDocument("partial/a/x", "partial", doc, &p) != nil || p.validate() != nil {
 			return
