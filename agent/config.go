@@ -40,6 +40,7 @@ type VMConfig struct {
 	Audit       *AuditConfig  `yaml:"audit"`        // nil: none
 	LimitRate   string        `yaml:"limit_rate"`   // of this VM's backups, besides the common limit
 	LimitIOPS   int64         `yaml:"limit_iops"`
+	Keep        *store.Policy `yaml:"keep"` // nil: the repository's owner forgets points
 }
 
 // ErrConfig is wrapped when a configuration can't be used.
@@ -125,6 +126,11 @@ func (c Config) check() error {
 		}
 		if _, err := parseLimits(vm.LimitRate, vm.LimitIOPS); err != nil {
 			return fmt.Errorf("vm %s: %w", vm.Name, err)
+		}
+		if vm.Keep != nil {
+			if err := vm.Keep.Validate(); err != nil {
+				return fmt.Errorf("vm %s: keep: %w", vm.Name, err)
+			}
 		}
 		if err := vm.Audit.check(); err != nil {
 			return fmt.Errorf("vm %s: audit: %w", vm.Name, err)

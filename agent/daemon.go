@@ -153,6 +153,7 @@ func (a *Agent) follow(ctx context.Context, vm VMConfig, m *metrics, with common
 					log.Warn("the whole disk was compared", "disk", d.Source, "reasons", d.Tracking.Reasons)
 				}
 			}
+			a.forget(ctx, vm, log)
 		}
 		if err := audits.run(ctx, next); err != nil {
 			return err

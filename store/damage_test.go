@@ -31,11 +31,11 @@ func flip(t testing.TB, file string, bit int) (undo func()) {
 	}
 }
 
-// objects lists a repository's files by name, without locks.
+// objects lists a repository's files by name, without locks and what says all by being there.
 func objects(t testing.TB, r *Repo) (names []string) {
 	t.Helper()
 	err := filepath.WalkDir(r.Location(), func(p string, e fs.DirEntry, err error) error {
-		if err == nil && e.Type().IsRegular() && !strings.Contains(p, "/.locks/") {
+		if err == nil && e.Type().IsRegular() && !strings.Contains(p, "/.locks/") && !strings.HasSuffix(p, doneSuffix) {
 			names = append(names, strings.TrimPrefix(p, r.Location()+"/"))
 		}
 		return err
@@ -46,7 +46,7 @@ func objects(t testing.TB, r *Repo) (names []string) {
 	return names
 }
 
-// readAll opens the repository anew and reads everything of the point.
+// readAll opens the repository anew and reads everything of the point, and all sessions.
 func readAll(t testing.TB, location string, n PointName) error {
 	t.Helper()
 	r, err := testOpen(t.Context(), location)
@@ -63,7 +63,8 @@ func readAll(t testing.TB, location string, n PointName) error {
 			return err
 		}
 	}
-	return nil
+	_, err = r.sessions(t.Context())
+	return err
 }
 
 func TestEveryBitFlipIsSeen(t *testing.T) {

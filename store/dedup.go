@@ -119,9 +119,9 @@ type dedupKey struct {
 
 func hashPrefix(h Hash) uint64 { return binary.BigEndian.Uint64(h[:]) }
 
-// newDedupIndex reads the indexes of all packs. Damaged packs are left out:
+// newDedupIndex reads the indexes of all packs. Damaged and condemned packs are left out:
 // nothing new may refer to them.
-func newDedupIndex(ctx context.Context, r *reader) (*dedupIndex, error) {
+func newDedupIndex(ctx context.Context, r *reader, condemned map[PackID]struct{}) (*dedupIndex, error) {
 	d := &dedupIndex{r: r}
 	for info, err := range r.blobs.List(ctx, packPrefix) {
 		if err != nil {
@@ -129,6 +129,9 @@ func newDedupIndex(ctx context.Context, r *reader) (*dedupIndex, error) {
 		}
 		id, _, ok := parsePackObject(info.Name)
 		if !ok || len(d.packs) > 0 && d.packs[len(d.packs)-1] == id { // an older generation
+			continue
+		}
+		if _, ok := condemned[id]; ok {
 			continue
 		}
 		// Past the cache: this would only sweep it out.

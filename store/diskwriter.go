@@ -107,7 +107,7 @@ func (w *Writer) dedupIndex(ctx context.Context) (*dedupIndex, error) {
 	if full != nil {
 		return full, nil
 	}
-	full, err := newDedupIndex(ctx, w.repo.reader)
+	full, err := newDedupIndex(ctx, w.repo.reader, w.writing.condemned)
 	if err != nil {
 		return nil, err
 	}

@@ -71,8 +71,11 @@ func TestFailedPackPutBreaksWriter(t *testing.T) {
 			r := testRepo(t)
 			backup(t, r, DiskOptions{Size: 1 << 20}, write{0, noise(1, 64<<10)})
 			f := over(r)
-			f.before = func(puts int, name string) error {
-				if strings.HasPrefix(name, "points/") == (kind == "point") && (kind != "node" || puts == 2) {
+			f.before = func(_ int, name string) error {
+				switch packs := f.total("put:packs"); {
+				case kind == "point" && strings.HasPrefix(name, "points/"),
+					kind == "data" && strings.HasPrefix(name, "packs/"),
+					kind == "node" && strings.HasPrefix(name, "packs/") && packs == 2:
 					return broken
 				}
 				return nil
@@ -110,7 +113,12 @@ func TestFailedPackPutBreaksWriter(t *testing.T) {
 func TestFailedUploadFailsLaterWrites(t *testing.T) {
 	broken := errors.New("disk on fire")
 	r := testRepo(t)
-	over(r).before = func(int, string) error { return broken }
+	over(r).before = func(_ int, name string) error {
+		if strings.HasPrefix(name, "packs/") {
+			return broken
+		}
+		return nil
+	}
 	w, err := r.Begin(t.Context(), "a")
 	if err != nil {
 		t.Fatal(err)

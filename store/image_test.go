@@ -18,10 +18,15 @@ var testEncrypted = os.Getenv(encryptedEnv) != ""
 var testPassphrase = Passphrase("correct horse")
 
 func testInit(ctx context.Context, location string) (*Repo, error) {
+	return Init(ctx, location, testNew()...)
+}
+
+// testNew makes a new repository one that testKey opens.
+func testNew() []Option {
 	if testEncrypted {
-		return Init(ctx, location, Encrypt(NewKey{Role: FullKey, Passphrase: testPassphrase}))
+		return []Option{Encrypt(NewKey{Role: FullKey, Passphrase: testPassphrase})}
 	}
-	return Init(ctx, location)
+	return nil
 }
 
 func testOpen(ctx context.Context, location string) (*Repo, error) {

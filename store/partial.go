@@ -146,7 +146,48 @@ func (w *Writer) Unfinished(ctx context.Context) (_ *Partial, why string, err er
 	if n := len(v.report.Problems); n > 0 {
 		return nil, fmt.Sprintf("%s: %d problems, such as %s: %s", p.object, n, v.report.Problems[0].Object, v.report.Problems[0].What), nil
 	}
+	// Nor may it lead to what a garbage collection is about to delete: nothing protects that but this
+	// Writer's session, which a collection that began before does not wait for.
+	for id := range v.packs {
+		if _, ok := w.writing.condemned[id]; ok {
+			return nil, fmt.Sprintf("%s: a garbage collection is at what it had stored", p.object), nil
+		}
+	}
 	return p, "", nil
+}
+
+// partials lists the checkpoints of all VMs. Damaged ones are left out.
+func (r *Repo) partials(ctx context.Context) ([]*Partial, error) {
+	var names []string
+	for info, err := range r.blobs.List(ctx, partialPrefix) {
+		if err != nil {
+			return nil, err
+		}
+		names = append(names, info.Name)
+	}
+	var out []*Partial
+	for _, name := range names {
+		p := &Partial{object: name}
+		err := r.document(ctx, name, "partial", p)
+		switch {
+		case err == nil && p.validate() == nil:
+			out = append(out, p)
+		case err == nil, errors.Is(err, ErrNotFound), errors.Is(err, ErrCorrupt), errors.Is(err, ErrVersion):
+		default:
+			return nil, err
+		}
+	}
+	return out, nil
+}
+
+// roots are the maps of a checkpoint.
+func (p *Partial) roots() (out []rootRef) {
+	for i := range p.Disks {
+		if root := p.Disks[i].Root; !root.Ref.IsZero() {
+			out = append(out, rootRef{root.Ref, root.Level})
+		}
+	}
+	return out
 }
 
 // continues tells whether p builds on parent, which is nil if the VM has no points.
@@ -155,6 +196,54 @@ func (p *Partial) continues(parent *Point) bool {
 		return p.Parent == ""
 	}
 	return p.Parent == parent.ID
+}
+
+// livePartials deletes the checkpoints from which no backup can be taken up any more (expired, damaged, not the newest
+// of its VM, or of another parent than the VM's newest point) and returns the others. Whoever has taken one up needs its
+// object no longer: its session protects what was not condemned before.
+func (r *Repo) livePartials(ctx context.Context, now time.Time) (live []*Partial, err error) {
+	folders, err := r.blobs.ListDirs(ctx, partialPrefix)
+	if err != nil {
+		return nil, err
+	}
+	for _, folder := range folders {
+		folder = partialPrefix + folder + "/"
+		p, err := r.newestPartial(ctx, folder)
+		if err != nil && !errors.Is(err, ErrCorrupt) {
+			return nil, err
+		}
+		if p != nil {
+			newest, err := r.newestPoint(ctx, p.VM)
+			if err != nil {
+				return nil, err
+			}
+			if now.After(p.Expires) || !p.continues(newest) {
+				p = nil
+			}
+		}
+		for info, err := range r.blobs.List(ctx, folder) {
+			if err != nil {
+				return nil, err
+			}
+			if p != nil && info.Name >= p.object { // a newer one came meanwhile
+				continue
+			}
+			if err := r.blobs.Delete(ctx, info.Name); err != nil && !errors.Is(err, ErrNotFound) {
+				return nil, err
+			}
+		}
+		if p != nil {
+			live = append(live, p)
+		}
+	}
+	return live, nil
+}
+
+// newestPoint returns the newest point that can be read, or nil.
+func (r *Repo) newestPoint(ctx context.Context, vm string) (*Point, error) {
+	w := Writer{repo: r, vm: vm}
+	err := w.findParent(ctx)
+	return w.parent, err
 }
 
 // newestPartial returns nil if there is none in the folder.

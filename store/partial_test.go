@@ -166,7 +166,7 @@ func TestCheckpointThatCannotBeUsed(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-		}, map[bool]string{false: "another", true: "this name"}[testEncrypted]},
+		}, map[bool]string{false: "hash and name", true: "this name"}[testEncrypted]},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := testRepo(t)
@@ -210,7 +210,7 @@ func TestCheckpointChecksItsArguments(t *testing.T) {
 }
 
 func FuzzPartial(f *testing.F) {
-	doc, err := encodeDocument("partial", Partial{VM: "a", Disks: []PartialDisk{{Name: "disk0", Root: Root{Size: 1 << 20, Grain: k64}, Covered: []Covered{{0, k64}}}}})
+	doc, err := encodeDocument("partial/a/x", "partial", Partial{VM: "a", Disks: []PartialDisk{{Name: "disk0", Root: Root{Size: 1 << 20, Grain: k64}, Covered: []Covered{{0, k64}}}}})
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -219,7 +219,7 @@ func FuzzPartial(f *testing.F) {
 	f.Add([]byte("{}"))
 	f.Fuzz(func(t *testing.T, body []byte) {
 		head := "tidemark-partial 1 "
-		doc := append(fmt.Appendf(nil, "%s%s\n", head, plainHasher.sum(append([]byte(head), body...))), body...)
+		doc := append(fmt.Appendf(nil, "%s%s\n", head, documentHash("partial/a/x", []byte(head), body)), body...)
 		var p Partial
 		if decodeDocument("partial/a/x", "partial", doc, &p) != nil || p.validate() != nil {
 			return
@@ -348,4 +348,62 @@ func TestCheckpointOfAnEncryptedRepository(t *testing.T) {
 		}
 		wantDisk(t, r, done, image)
 	})
+}
+
+func TestOnlyCheckpointsThatCanBeTakenUpLive(t *testing.T) {
+	for name, make := range map[string]func(testing.TB) *Repo{"plain": testRepo, "encrypted": encryptedRepo} {
+		t.Run(name, func(t *testing.T) { testLivePartials(t, make(t)) })
+	}
+}
+
+func testLivePartials(t *testing.T, r *Repo) {
+	image := noise(8, 4<<20)
+	note := func() {
+		part(t, r, 4<<20, func(w *Writer, d *DiskWriter, _ *Partial) {
+			put(t, d, image, 0, 1<<20)
+			checkpoint(t, w, Covered{0, 1 << 20})
+			put(t, d, image, 1<<20, 1<<20)
+			checkpoint(t, w, Covered{0, 2 << 20})
+		})
+	}
+	objects := func() int {
+		all, err := filepath.Glob(filepath.Join(r.Location(), "partial/*/*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(all)
+	}
+	live := func(now time.Time, want int) {
+		t.Helper()
+		got, err := r.livePartials(t.Context(), now)
+		if err != nil || len(got) != want || objects() != want {
+			t.Errorf("%d live, %d objects, %v; want %d", len(got), objects(), err, want)
+		}
+		if want == 1 && got[0].Disks[0].Covered[0].Len != 2<<20 {
+			t.Errorf("not the newest: %+v", got[0].Disks)
+		}
+	}
+	live(time.Now(), 0)
+	note()
+	live(time.Now(), 1)
+	live(time.Now().Add(PartialLife-time.Hour), 1)
+	live(time.Now().Add(PartialLife+time.Hour), 0)
+	note()
+	backup(t, r, DiskOptions{Size: 4 << 20}, write{0, image})
+	live(time.Now(), 0)
+	note() // of the point
+	live(time.Now(), 1)
+	part(t, r, 4<<20, func(_ *Writer, _ *DiskWriter, p *Partial) {
+		if p == nil || p.Parent == "" {
+			t.Errorf("%+v was not taken up", p)
+		}
+	})
+	all, err := filepath.Glob(filepath.Join(r.Location(), "partial/*/*"))
+	if err == nil {
+		err = os.WriteFile(all[0], []byte("damaged"), 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	live(time.Now(), 0)
 }

@@ -83,22 +83,31 @@ func (r *Repo) Point(ctx context.Context, n PointName) (*Point, error) {
 //
 // The error wraps ErrNotFound, ErrAmbiguous or ErrInvalid.
 func (r *Repo) Find(ctx context.Context, ref string) (*Point, error) {
+	n, err := r.FindName(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	return r.Point(ctx, n)
+}
+
+// FindName is as Find, but reads no document: so it finds a damaged point too.
+func (r *Repo) FindName(ctx context.Context, ref string) (PointName, error) {
 	vm, which, given := strings.Cut(ref, "@")
 	if !given {
 		which = "latest"
 	}
 	names, err := r.Points(ctx, vm)
 	if err != nil {
-		return nil, err
+		return PointName{}, err
 	}
 	if len(names) == 0 {
-		return nil, fmt.Errorf("%s: %w: no points of %s", ref, ErrNotFound, vm)
+		return PointName{}, fmt.Errorf("%s: %w: no points of %s", ref, ErrNotFound, vm)
 	}
 	n, err := pick(names, which)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", ref, err)
+		return PointName{}, fmt.Errorf("%s: %w", ref, err)
 	}
-	return r.Point(ctx, n)
+	return n, nil
 }
 
 // pick chooses from names, which are ascending and not empty.

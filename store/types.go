@@ -128,6 +128,16 @@ type Point struct {
 	Disks       []Disk          `json:"disks"`
 	Config      json.RawMessage `json:"config,omitempty"` // the VM's configuration, see package vm
 	Tool        string          `json:"tool"`             // name and version of the writer
+
+	// Origin is what the point was made from, if not from a disk: the same content for a copy; what
+	// could be saved of it for one that says what is lost.
+	Origin *Origin `json:"origin,omitempty"`
+}
+
+// Origin names a point, perhaps of another repository.
+type Origin struct {
+	Repository string `json:"repository"` // its ID
+	Point      string `json:"point"`      // its ID
 }
 
 // Name returns the name under which p is listed.

@@ -29,8 +29,10 @@ type Problem struct {
 type VerifyReport struct {
 	Point    PointName `json:"point"`
 	Full     bool      `json:"full"`
+	Sample   *Sample   `json:"sample,omitempty"`
 	Nodes    int64     `json:"nodes"`  // map nodes read and checked
-	Grains   int64     `json:"grains"` // grains located in a checked pack index; if Full, read and hashed too
+	Grains   int64     `json:"grains"` // grains located in a checked pack index
+	Read     int64     `json:"read"`   // of these, grains read and hashed: all if Full
 	Packs    int64     `json:"packs"`  // packs whose index was read and checked
 	Bytes    int64     `json:"bytes"`  // content hashed, without map nodes
 	Problems []Problem `json:"problems,omitempty"`
@@ -49,6 +51,35 @@ func (r *VerifyReport) OK() bool { return len(r.Problems) == 0 }
 // progress may be nil; it is called from one goroutine at a time with the bytes
 // of disk dealt with and to deal with.
 func (r *Repo) Verify(ctx context.Context, p *Point, full bool, progress func(done, total int64)) (VerifyReport, error) {
+	return r.verify(ctx, p, full, nil, progress)
+}
+
+// Sample is a part of all grains, drawn by their content.
+type Sample struct {
+	Part float64 `json:"part"` // from 0 to 1
+	Seed uint64  `json:"seed"` // the same draws the same
+}
+
+// has tells whether a grain is in the sample: if a number made of its hash and the seed, by
+// the finalizer of SplitMix64 (Steele et al., OOPSLA 2014), lies in the part.
+func (s Sample) has(h Hash) bool {
+	x := hashPrefix(h) ^ s.Seed*0x9e3779b97f4a7c15
+	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9
+	x = (x ^ x>>27) * 0x94d049bb133111eb
+	x ^= x >> 31
+	return float64(x>>11) < s.Part*(1<<53)
+}
+
+// VerifySample is as Verify, but reads the grains of a sample. What a run with one
+// seed has left out, another seed may draw.
+func (r *Repo) VerifySample(ctx context.Context, p *Point, s Sample, progress func(done, total int64)) (VerifyReport, error) {
+	if !(s.Part >= 0 && s.Part <= 1) {
+		return VerifyReport{}, fmt.Errorf("%w: a sample of %v", ErrInvalid, s.Part)
+	}
+	return r.verify(ctx, p, false, &s, progress)
+}
+
+func (r *Repo) verify(ctx context.Context, p *Point, full bool, s *Sample, progress func(done, total int64)) (VerifyReport, error) {
 	fresh, err := newReader(r.blobs, r.repo, r.codec, r.keys)
 	if err != nil {
 		return VerifyReport{}, err
@@ -57,8 +88,8 @@ func (r *Repo) Verify(ctx context.Context, p *Point, full bool, progress func(do
 		progress = func(int64, int64) {}
 	}
 	v := &verifier{
-		r: fresh, full: full, progress: progress,
-		report: VerifyReport{Point: p.Name(), Full: full},
+		r: fresh, full: full, sample: s, progress: progress,
+		report: VerifyReport{Point: p.Name(), Full: full, Sample: s},
 		packs:  map[PackID]struct{}{},
 	}
 	if _, err := r.Point(ctx, p.Name()); err != nil {
@@ -80,8 +111,9 @@ func (r *Repo) Verify(ctx context.Context, p *Point, full bool, progress func(do
 }
 
 type verifier struct {
-	r    *reader
-	full bool
+	r      *reader
+	full   bool
+	sample *Sample
 
 	mu       sync.Mutex
 	report   VerifyReport
@@ -184,7 +216,8 @@ func (w *verifyDisk) leaf(ctx context.Context, nd *node, first int64) error {
 
 func (w *verifyDisk) grain(ctx context.Context, ref Ref, buf []byte) error {
 	var err error
-	if w.full {
+	read := w.full || w.sample != nil && w.sample.has(ref.Hash)
+	if read {
 		err = w.r.grain(ctx, ref, buf)
 	} else {
 		err = w.r.following(ctx, ref.Pack, func(x *packIndex) error {
@@ -200,7 +233,8 @@ func (w *verifyDisk) grain(ctx context.Context, ref Ref, buf []byte) error {
 	}
 	w.good(ref.Pack, func(r *VerifyReport) {
 		r.Grains++
-		if w.full {
+		if read {
+			r.Read++
 			r.Bytes += int64(len(buf))
 		}
 	})

@@ -26,6 +26,9 @@ type Writer struct {
 	newest time.Time // of all points listed, readable or not
 	broken []error
 
+	writing     *writing // told to garbage collections
+	under       *writing // another one on which it relies too; may be nil
+	as          *Point   // publish this one, with other roots, as it is; may be nil
 	data, nodes *packWriter
 	session     *session
 	unlock      func() error
@@ -44,7 +47,12 @@ type Writer struct {
 // the error wraps ErrLocked if it is held. Where there are no locks (S3), Commit's error does if another
 // backup of vm was committed since. The newest readable point becomes the
 // parent. The caller ends the Writer with Commit or Abort.
-func (r *Repo) Begin(ctx context.Context, vm string) (_ *Writer, err error) {
+func (r *Repo) Begin(ctx context.Context, vm string) (*Writer, error) {
+	return r.beginAt(ctx, vm, (*Writer).findParent)
+}
+
+// beginAt is Begin with a parent that find puts into the Writer.
+func (r *Repo) beginAt(ctx context.Context, vm string, find func(*Writer, context.Context) error) (_ *Writer, err error) {
 	if err := ValidVM(vm); err != nil {
 		return nil, err
 	}
@@ -62,8 +70,15 @@ func (r *Repo) Begin(ctx context.Context, vm string) (_ *Writer, err error) {
 		}
 		w.locked = true
 	}
-	if err := w.findParent(ctx); err != nil {
-		return nil, errors.Join(fmt.Errorf("backup of %s: %w", vm, err), w.unlock())
+	for w.writing == nil { // again, if the parent was deleted before it was protected
+		w.parent, w.broken = nil, nil
+		err := find(w, ctx)
+		if err == nil {
+			w.writing, err = r.beginSession(ctx, vm, w.parent)
+		}
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("backup of %s: %w", vm, err), w.unlock())
+		}
 	}
 	r.share.writers.Add(1)
 	w.data = newPackWriter(r, kindData, r.dataPackLen)
@@ -81,14 +96,16 @@ func (w *Writer) findParent(ctx context.Context) error {
 	w.newest = names[len(names)-1].Time
 	for i := len(names) - 1; i >= 0; i-- {
 		p, err := w.repo.Point(ctx, names[i])
-		if err == nil {
+		switch {
+		case err == nil:
 			w.parent = p
 			return nil
-		}
-		if !errors.Is(err, ErrCorrupt) {
+		case errors.Is(err, ErrNotFound): // deleted since it was listed
+		case errors.Is(err, ErrCorrupt):
+			w.broken = append(w.broken, err)
+		default:
 			return err
 		}
-		w.broken = append(w.broken, err)
 	}
 	return nil
 }
@@ -130,8 +147,10 @@ func (w *Writer) setEnded() (was bool) {
 // point's time is moved after the newest point's if it is not later already. The result
 // is the published point.
 //
-// Order: data packs, node packs, document. Maps are computed while the last data pack is put;
-// the last node packs are begun when all data packs are durable, the document when all packs are. After an error nothing is published, the Writer is broken, and the
+// Order: data packs, node packs, the session's end, document. Maps are computed while the last data pack
+// is put; the last node packs are begun when all data packs are durable, the session's end when all packs
+// are, the document when that is. The error wraps ErrGivenUp if a garbage collection took the backup for
+// dead. After an error nothing is published, the Writer is broken, and the
 // caller must Abort it to release the lock.
 func (w *Writer) Commit(ctx context.Context, p Point) (*Point, error) {
 	w.use.Lock()
@@ -142,7 +161,7 @@ func (w *Writer) Commit(ctx context.Context, p Point) (*Point, error) {
 	pub, err := w.commit(ctx, p)
 	if err != nil {
 		w.close()
-		return nil, fmt.Errorf("commit of %s: %w", w.vm, err)
+		return nil, fmt.Errorf("commit of %s: %w", w.vm, w.writing.blame(ctx, err))
 	}
 	w.close()
 	// The point is durable: that the lock does not go cleanly changes nothing.
@@ -175,17 +194,34 @@ func (w *Writer) commit(ctx context.Context, p Point) (*Point, error) {
 		return nil, err
 	}
 	p.ID = id
-	if err := w.rival(ctx); err != nil {
+	if w.as == nil { // a copy may come before points that are there
+		if err := w.rival(ctx); err != nil {
+			return nil, err
+		}
+	}
+	if err := w.writing.commit(ctx, &p); err != nil {
 		return nil, err
+	}
+	// After its own end is there, which protects what it refers to from whoever ends the other now.
+	if w.under != nil {
+		if err := w.under.stillOpen(ctx); err != nil {
+			return nil, err
+		}
 	}
 	if err := w.repo.putDoc(ctx, w.repo.pointObject(p.Name()), doc); err != nil {
 		return nil, err
 	}
+	w.writing.done(ctx)
 	return &p, nil
 }
 
 // fillPoint fills all but roots and statistics.
 func (w *Writer) fillPoint(p *Point) error {
+	if w.as != nil {
+		*p = *w.as
+		p.Disks = append([]Disk(nil), p.Disks...)
+		return nil
+	}
 	p.ID, p.VM, p.Parent = "", w.vm, ""
 	if w.parent != nil {
 		p.Parent = w.parent.ID
@@ -227,6 +263,9 @@ func (w *Writer) buildMaps(ctx context.Context, disks []Disk) error {
 	for i := range disks {
 		d := &disks[i]
 		d.Root = roots[d.Name]
+		if w.as != nil {
+			continue
+		}
 		read := d.Stats.Read
 		d.Stats = w.disks[d.Name].Stats()
 		d.Stats.Read = read
@@ -266,6 +305,7 @@ func (w *Writer) Abort() error {
 	defer w.use.Unlock()
 	w.setEnded()
 	w.close() // once more: a write may have begun an upload meanwhile
+	w.writing.abandon(context.Background())
 	return w.release()
 }
 

@@ -43,6 +43,12 @@ The configuration is YAML:
         fraction: 1%          # of the unchanged granules, but at least 256
         rate: 20MiB           # per second; leave it out for no limit
         evidence: /var/lib/tidemark/audit
+      keep:                   # forget the others after each backup; leave it out to keep all
+        last: 3
+        hourly: 24
+        daily: 7              # weekly, monthly, yearly
+
+What is forgotten takes its space until "tidemark gc" runs. Pinned points stay.
 
 Backups that run at once share the limits, and each gets about as much as any other, however
 large it is. Limits don't hold up a guest that is paused.

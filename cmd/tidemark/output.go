@@ -56,6 +56,7 @@ func short(d time.Duration) string {
 // progress draws one line on a terminal, and nothing elsewhere.
 type progress struct {
 	begin time.Time
+	last  time.Time // drawn, by count
 	drawn bool
 	on    bool
 }

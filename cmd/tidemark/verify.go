@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -11,15 +12,30 @@ import (
 )
 
 func newVerify(g *globals) *cobra.Command {
-	var quick bool
+	var quick, full bool
+	var percent float64
+	var seed uint64
 	c := &cobra.Command{
 		Use:   "verify [NAME[@POINT]] -r REPO",
 		Short: "Prove that restore points are whole",
 		Long: `Prove that restore points are whole: read every byte of them and check it against
-its hash. --quick checks that all that is needed is there, without reading the data.`,
-		Example: "  tidemark verify -r /srv/backup\n  tidemark verify web1@latest --quick -r /srv/backup",
-		Args:    args(0, 1),
+its hash. --quick checks that all that is needed is there, without reading the data;
+--sample also reads a part of the data, drawn by a seed that is printed and can be given again.`,
+		Example: `  tidemark verify -r /srv/backup
+  tidemark verify web1@latest --quick -r /srv/backup
+  tidemark verify web1 --sample 5 -r /srv/backup
+  tidemark verify web1 --sample 5 --seed 1764087412 -r /srv/backup`,
+		Args: args(0, 1),
 		RunE: func(c *cobra.Command, a []string) (err error) {
+			sampled, seeded := c.Flags().Changed("sample"), c.Flags().Changed("seed")
+			switch {
+			case quick && full || sampled && (quick || full) || seeded && !sampled:
+				return usageError{errors.New("verify: give one of --quick, --full and --sample; --seed goes with --sample")}
+			case sampled && !(percent > 0 && percent <= 100):
+				return usageError{errors.New("verify: --sample is a percentage above 0")}
+			case sampled && !seeded:
+				seed = rand.Uint64()
+			}
 			repo, err := g.open(c.Context())
 			if err != nil {
 				return err
@@ -38,7 +54,13 @@ its hash. --quick checks that all that is needed is there, without reading the d
 			problems := 0
 			for _, p := range points {
 				bar := g.progress()
-				r, err := repo.Verify(c.Context(), p, !quick, func(done, total int64) { bar.bytes(p.VM+"@"+p.ID, done, total) })
+				draw := func(done, total int64) { bar.bytes(p.VM+"@"+p.ID, done, total) }
+				var r store.VerifyReport
+				if sampled {
+					r, err = repo.VerifySample(c.Context(), p, store.Sample{Part: percent / 100, Seed: seed}, draw)
+				} else {
+					r, err = repo.Verify(c.Context(), p, !quick, draw)
+				}
 				bar.end()
 				if err != nil {
 					return err
@@ -52,10 +74,13 @@ its hash. --quick checks that all that is needed is there, without reading the d
 				if len(r.Problems) > 0 {
 					state = "DAMAGED"
 				}
-				_, _ = fmt.Fprintf(c.OutOrStdout(), "%s@%s  %s  %d grains, %s\n", p.VM, p.ID, state, r.Grains, size(r.Bytes))
+				_, _ = fmt.Fprintf(c.OutOrStdout(), "%s@%s  %s  %d grains, %s read\n", p.VM, p.ID, state, r.Grains, size(r.Bytes))
 				for _, x := range r.Problems {
 					_, _ = fmt.Fprintf(c.OutOrStdout(), "  %s: %s, bytes %d to %d: %s\n", x.Object, x.Disk, x.Off, x.Off+x.Len, x.What)
 				}
+			}
+			if sampled && !g.json && !g.quiet {
+				_, _ = fmt.Fprintf(c.OutOrStdout(), "sample: %v %%, --seed %d draws the same again\n", percent, seed)
 			}
 			if g.json {
 				if err := printJSON(c.OutOrStdout(), reports); err != nil {
@@ -68,7 +93,11 @@ its hash. --quick checks that all that is needed is there, without reading the d
 			return nil
 		},
 	}
-	c.Flags().BoolVar(&quick, "quick", false, "check the structure, don't read the data")
+	f := c.Flags()
+	f.BoolVar(&quick, "quick", false, "check the structure, don't read the data")
+	f.BoolVar(&full, "full", false, "read every byte: the default")
+	f.Float64Var(&percent, "sample", 0, "check the structure and read so many `PERCENT` of the data")
+	f.Uint64Var(&seed, "seed", 0, "draw the sample by this seed (default: a random one)")
 	return c
 }
 
