@@ -95,8 +95,8 @@ func (c *crowd) count(what string) {
 func (c *crowd) run() {
 	var busy sync.WaitGroup
 	stop := make(chan struct{})
-	for i, vm := range []string{"a", "a", "b", "c"} {
-		busy.Go(func() { c.write(vm, rand.New(rand.NewPCG(c.m.rnd.Uint64(), uint64(i)))) })
+	for _, vm := range []string{"a", "a", "b", "c"} {
+		busy.Go(func() { c.write(vm, c.rand()) })
 	}
 	var rest sync.WaitGroup
 	for range 3 {
