@@ -169,6 +169,24 @@ const killShards = 3
 
 // killedEverywhere kills a child that makes two points at every moment at which it changes what is
 // stored, each time in a new repository.
+// everyMomentEnv asks for kills at every moment ("make crash"). Without it they are at a fifth of them, others
+// in each run: starting a process for each takes minutes.
+const everyMomentEnv = "TIDEMARK_TEST_EVERY_MOMENT"
+
+// momentsOf returns the moments, of 1 to n, at which a shard is to be killed.
+func momentsOf(t *testing.T, n, shard int64) (out []int64) {
+	step := int64(killShards)
+	if os.Getenv(everyMomentEnv) == "" {
+		step *= 5
+		shard += killShards * rand.Int64N(5)
+	}
+	for at := 1 + shard; at <= n; at += step {
+		out = append(out, at)
+	}
+	t.Logf("killed at %d of %d moments, from %d", len(out), n, 1+shard)
+	return out
+}
+
 func killedEverywhere(t *testing.T, init func(t *testing.T) (location string)) {
 	dry := init(t)
 	acks := map[int]string{}
@@ -183,7 +201,7 @@ func killedEverywhere(t *testing.T, init func(t *testing.T) (location string)) {
 		t.Run(fmt.Sprint(shard), func(t *testing.T) {
 			t.Parallel()
 			survived := 0
-			for at := 1 + shard; at <= o.Moments; at += killShards {
+			for i, at := range momentsOf(t, o.Moments, shard) {
 				location := init(t)
 				acks := map[int]string{}
 				o := faultblob.Run(t, at, "backup", location)
@@ -192,7 +210,7 @@ func killedEverywhere(t *testing.T, init func(t *testing.T) (location string)) {
 					survived++ // uploads race: there may be fewer moments this time
 				}
 				checkAfterCrash(t, location, acks)
-				if at%4 == 0 { // the next run goes on where that one died
+				if i%4 == 0 { // the next run goes on where that one died
 					acked(t, acks, faultblob.Run(t, 0, "backup", location))
 					checkAfterCrash(t, location, acks)
 				}

@@ -301,7 +301,7 @@ func TestResumedAfterKillAtEveryMoment(t *testing.T) {
 	for shard := range int64(killShards) {
 		t.Run(fmt.Sprint(shard), func(t *testing.T) {
 			t.Parallel()
-			for at := 1 + shard; at <= o.Moments; at += killShards {
+			for _, at := range momentsOf(t, o.Moments, shard) {
 				location, acks := initAt(t), map[int]string{}
 				died := faultblob.Run(t, at, "resume", location)
 				acked(t, acks, died)
