@@ -82,7 +82,11 @@ func (c *copying) begin(ctx context.Context, vm string) error {
 		return err
 	}
 	c.session = s
-	c.index, err = newDedupIndex(ctx, c.to.reader, s.condemned)
+	lost, err := c.to.lostRecords(ctx)
+	if err != nil {
+		return err
+	}
+	c.index, err = newDedupIndex(ctx, c.to.reader, s.condemned, lost)
 	return err
 }
 

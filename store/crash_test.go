@@ -19,7 +19,7 @@ import (
 
 func TestMain(m *testing.M) {
 	argon2Cost = argon2Params{Time: 1, Memory: 8, Threads: 1}
-	faultblob.Main(map[string]faultblob.Job{"backup": crashJob, "resume": resumeJob})
+	faultblob.Main(map[string]faultblob.Job{"backup": crashJob, "resume": resumeJob, "repair": repairJob})
 	_ = flag.Set("rapid.checks", "25") // the command line still wins
 	os.Exit(m.Run())
 }

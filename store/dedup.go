@@ -119,9 +119,9 @@ type dedupKey struct {
 
 func hashPrefix(h Hash) uint64 { return binary.BigEndian.Uint64(h[:]) }
 
-// newDedupIndex reads the indexes of all packs. Damaged and condemned packs are left out:
-// nothing new may refer to them.
-func newDedupIndex(ctx context.Context, r *reader, condemned map[PackID]struct{}) (*dedupIndex, error) {
+// newDedupIndex reads the indexes of all packs. Damaged and condemned packs are left out, and
+// records known to be lost: nothing new may refer to them.
+func newDedupIndex(ctx context.Context, r *reader, condemned map[PackID]struct{}, lost *marks) (*dedupIndex, error) {
 	d := &dedupIndex{r: r}
 	for info, err := range r.blobs.List(ctx, packPrefix) {
 		if err != nil {
@@ -147,7 +147,7 @@ func newDedupIndex(ctx context.Context, r *reader, condemned map[PackID]struct{}
 		}
 		for ord := range x.count() {
 			e, _ := x.entry(uint32(ord))
-			if e.absent() {
+			if e.absent() || lost.has(Ref{Pack: id, Ord: uint32(ord)}) {
 				continue
 			}
 			d.keys = append(d.keys, dedupKey{hashPrefix(e.hash), place{uint32(len(d.packs)), uint32(ord)}})

@@ -43,6 +43,7 @@ type DiskWriter struct {
 	shape  Root // without Ref
 	parent *Map // nil if the disk begins empty
 	dedup  *dedupIndex
+	lost   []Covered // of parent; see Lost
 
 	changed, fresh, stored atomic.Int64 // bytes, for Stats
 
@@ -90,6 +91,9 @@ func (w *Writer) Disk(ctx context.Context, o DiskOptions) (*DiskWriter, error) {
 	if err := d.continueParent(ctx); err != nil {
 		return nil, fmt.Errorf("disk %s: %w", o.Name, err)
 	}
+	if err := d.findLost(ctx); err != nil {
+		return nil, fmt.Errorf("disk %s: what is lost of it: %w", o.Name, err)
+	}
 
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -107,7 +111,7 @@ func (w *Writer) dedupIndex(ctx context.Context) (*dedupIndex, error) {
 	if full != nil {
 		return full, nil
 	}
-	full, err := newDedupIndex(ctx, w.repo.reader, w.writing.condemned)
+	full, err := newDedupIndex(ctx, w.repo.reader, w.writing.condemned, w.lost)
 	if err != nil {
 		return nil, err
 	}
@@ -239,7 +243,9 @@ func (d *DiskWriter) writeGrain(ctx context.Context, n int64, b []byte) error {
 	}
 	var was Ref
 	known := true
-	if d.parent != nil && n < d.parent.Grains() {
+	if d.isLost(n) {
+		known = false // as its hash may be the same
+	} else if d.parent != nil && n < d.parent.Grains() {
 		var err error
 		was, err = d.parent.Lookup(ctx, n)
 		switch {

@@ -23,9 +23,14 @@ func (r *Repo) Decide(ctx context.Context, vm string, p Policy, loc *time.Locati
 	if err != nil {
 		return nil, err
 	}
+	known, err := r.Damages(ctx, vm)
+	if err != nil {
+		return nil, err
+	}
 	var points []candidatePoint
 	for _, n := range names {
 		c := candidatePoint{name: n}
+		_, c.damaged = known[n]
 		if pin, ok := pins[n]; ok {
 			c.pinned = "pinned"
 			if pin.Note != "" {
@@ -75,6 +80,9 @@ func (r *Repo) Forget(ctx context.Context, names []PointName, progress func(done
 		}
 		if err := r.removed(ctx, r.pointObject(n)); err != nil {
 			return forgotten, fmt.Errorf("forget %s: %w", n, err)
+		}
+		if err := r.dropDamage(ctx, n, 0); err != nil {
+			return forgotten, fmt.Errorf("forget what is known of the damage to %s: %w", n, err)
 		}
 		forgotten = append(forgotten, n)
 	}

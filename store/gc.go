@@ -483,6 +483,22 @@ func (c *collection) sweepPack(ctx context.Context, p packAt) error {
 		return err // gone already
 	}
 	live := c.m.of(p.Pack)
+	if newest := c.newest[p.Pack]; p.Generation < newest && live.count() > 0 {
+		// A repair may have made it from what was left, before this one was put back.
+		x, err := c.r.loadGeneration(ctx, p.Pack, newest)
+		if err == nil {
+			_, err = divide(p.Pack, x, live)
+		}
+		switch {
+		case errors.Is(err, ErrCorrupt):
+			c.report.Damaged = append(c.report.Damaged, err.Error())
+			return nil
+		case errors.Is(err, ErrNotFound):
+			return nil
+		case err != nil:
+			return err
+		}
+	}
 	if p.Generation < c.newest[p.Pack] || live.count() == 0 {
 		if err := c.repo.removed(ctx, p.object()); err != nil {
 			return err

@@ -67,6 +67,17 @@ func (m *marks) add(refs ...Ref) (fresh bool) {
 	return fresh
 }
 
+// has tells whether ref is marked; nothing is in nil.
+func (m *marks) has(ref Ref) bool {
+	if m == nil {
+		return false
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	s := m.sets[ref.Pack]
+	return s != nil && s.has(ref.Ord)
+}
+
 func (m *marks) of(id PackID) ordinals {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -146,6 +146,7 @@ func parsePackFooter(p []byte, size int64, sealed bool) (packFooter, error) {
 // each.
 type packIndex struct {
 	kind       packKind
+	pack       PackID
 	generation uint32 // of the object that it is of
 	entries    []byte
 	seal       *packSeal // nil: not sealed

@@ -91,6 +91,9 @@ func (b *packBuilder) sealAll(foot *[packFooterLen]byte) []byte {
 		}
 		p := b.entries[ord*packEntryLen:][:packEntryLen]
 		e := parsePackEntry(p)
+		if e.absent() {
+			continue
+		}
 		nonce, aad := recordParams(scratch, b.buf, uint32(ord), e.raw, e.codec)
 		rec := b.buf[e.off : e.off+e.stored-sealLen]
 		rec = b.seal.records.Seal(rec[:0], nonce, rec, aad)

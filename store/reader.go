@@ -153,7 +153,7 @@ func (r *reader) loadGeneration(ctx context.Context, id PackID, generation uint3
 	case err != nil:
 		return nil, &CorruptError{name, err.Error()}
 	}
-	x.generation = generation
+	x.pack, x.generation = id, generation
 	return x, nil
 }
 

@@ -71,6 +71,10 @@ type candidatePoint struct {
 	pinned string // "pinned", with the note; empty if it is not
 	never  string // why no policy may delete it; empty if one may
 	lesser bool   // it never stands for a period: another point does, or none
+
+	// damaged is known to have lost something, which may be healed yet: it is kept as if it had not, and so is the
+	// point that stands for the period without it.
+	damaged bool
 }
 
 // decide applies a policy to the points of one VM. Periods are those of loc. The result is in
@@ -100,30 +104,40 @@ func decide(points []candidatePoint, p Policy, loc *time.Location) []Decision {
 		}
 	}
 	for _, r := range p.rules() {
-		last := ""
-		n := 0
-		for i, c := range points {
-			if n == r.n {
-				break
-			}
-			if c.lesser || c.never != "" {
-				continue
-			}
-			period := r.period(c.name.Time.In(loc))
-			if period == last && r.name != "last" {
-				continue
-			}
-			last = period
-			n++
-			reason := r.name + " " + period
-			if r.name == "last" {
-				reason = fmt.Sprintf("last %d", n)
-			}
-			out[i].Reasons = append(out[i].Reasons, reason)
+		r.keep(points, out, loc, func(candidatePoint) bool { return true })
+		if slices.ContainsFunc(points, func(c candidatePoint) bool { return c.damaged }) {
+			r.keep(points, out, loc, func(c candidatePoint) bool { return !c.damaged })
 		}
 	}
 	for i := range out {
 		out[i].Keep = len(out[i].Reasons) > 0
 	}
 	return out
+}
+
+// keep gives reasons to those of points that the rule keeps, if it looks at those alone that count.
+func (r rule) keep(points []candidatePoint, out []Decision, loc *time.Location, counts func(candidatePoint) bool) {
+	last := ""
+	n := 0
+	for i, c := range points {
+		if n == r.n {
+			return
+		}
+		if c.lesser || c.never != "" || !counts(c) {
+			continue
+		}
+		period := r.period(c.name.Time.In(loc))
+		if period == last && r.name != "last" {
+			continue
+		}
+		last = period
+		n++
+		reason := r.name + " " + period
+		if r.name == "last" {
+			reason = fmt.Sprintf("last %d", n)
+		}
+		if !slices.Contains(out[i].Reasons, reason) {
+			out[i].Reasons = append(out[i].Reasons, reason)
+		}
+	}
 }

@@ -114,6 +114,8 @@ type verifier struct {
 	r      *reader
 	full   bool
 	sample *Sample
+	known  *marks             // grains that needn't be read again; nil: none
+	missed func(missed) error // told all that is found; nil: it goes to the report
 
 	mu       sync.Mutex
 	report   VerifyReport
@@ -176,7 +178,7 @@ func (w *verifyDisk) node(ctx context.Context, ref Ref, level int, first int64) 
 	}
 	if err != nil {
 		w.advance(n)
-		return w.found(ctx, ref, off, n, err)
+		return w.found(ctx, missed{ref: ref, kind: kindNode, raw: 1, off: off, n: n}, err)
 	}
 	w.good(ref.Pack, func(r *VerifyReport) { r.Nodes++ })
 	if level == 0 {
@@ -204,7 +206,7 @@ func (w *verifyDisk) leaf(ctx context.Context, nd *node, first int64) error {
 		}
 		if ref := nd.child(i); !ref.IsZero() {
 			if err := w.grain(ctx, ref, buf); err != nil {
-				if err := w.found(ctx, ref, off, n, err); err != nil {
+				if err := w.found(ctx, missed{ref: ref, kind: kindData, raw: uint32(len(buf)), off: off, n: n}, err); err != nil {
 					return err
 				}
 			}
@@ -216,7 +218,7 @@ func (w *verifyDisk) leaf(ctx context.Context, nd *node, first int64) error {
 
 func (w *verifyDisk) grain(ctx context.Context, ref Ref, buf []byte) error {
 	var err error
-	read := w.full || w.sample != nil && w.sample.has(ref.Hash)
+	read := w.full && !w.known.has(ref) || w.sample != nil && w.sample.has(ref.Hash)
 	if read {
 		err = w.r.grain(ctx, ref, buf)
 	} else {
@@ -231,6 +233,9 @@ func (w *verifyDisk) grain(ctx context.Context, ref Ref, buf []byte) error {
 	if err != nil {
 		return err
 	}
+	if read && w.known != nil {
+		w.known.add(ref)
+	}
 	w.good(ref.Pack, func(r *VerifyReport) {
 		r.Grains++
 		if read {
@@ -241,17 +246,36 @@ func (w *verifyDisk) grain(ctx context.Context, ref Ref, buf []byte) error {
 	return nil
 }
 
+// missed is a record that can't be read, and the extent of the disk that needs it, in bytes.
+type missed struct {
+	disk   string
+	off, n int64
+	ref    Ref
+	kind   packKind
+	raw    uint32 // length, as far as is known: at least 1
+	object string
+	what   string
+}
+
 // found reports a problem, unless it is only that the check was stopped.
-func (w *verifyDisk) found(ctx context.Context, ref Ref, off, n int64, err error) error {
+func (w *verifyDisk) found(ctx context.Context, m missed, err error) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	p := Problem{Object: packName(ref.Pack), Disk: w.d.Name, Off: off, Len: n, What: err.Error()}
+	m.disk, m.object, m.what = w.d.Name, packName(m.ref.Pack), err.Error()
 	var c *CorruptError
 	if errors.As(err, &c) {
-		p.Object, p.What = c.Object, c.What
+		m.object, m.what = c.Object, c.What
 	}
-	w.problem(p)
+	if w.missed != nil {
+		if c == nil { // it may be read yet: nothing is to be decided
+			return err
+		}
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		return w.missed(m)
+	}
+	w.problem(Problem{Object: m.object, Disk: m.disk, Off: m.off, Len: m.n, What: m.what})
 	return nil
 }
 

@@ -29,6 +29,7 @@ type Writer struct {
 	writing     *writing // told to garbage collections
 	under       *writing // another one on which it relies too; may be nil
 	as          *Point   // publish this one, with other roots, as it is; may be nil
+	lost        *marks   // records known to be unreadable; nil: none
 	data, nodes *packWriter
 	session     *session
 	unlock      func() error
@@ -79,6 +80,10 @@ func (r *Repo) beginAt(ctx context.Context, vm string, find func(*Writer, contex
 		if err != nil {
 			return nil, errors.Join(fmt.Errorf("backup of %s: %w", vm, err), w.unlock())
 		}
+	}
+	if w.lost, err = r.lostRecords(ctx); err != nil {
+		w.writing.abandon(ctx)
+		return nil, errors.Join(fmt.Errorf("backup of %s: list what is damaged: %w", vm, err), w.unlock())
 	}
 	r.share.writers.Add(1)
 	w.data = newPackWriter(r, kindData, r.dataPackLen)
