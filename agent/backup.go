@@ -257,6 +257,7 @@ func (j Job) begin(ctx context.Context, d *disk, w *store.Writer, damage error, 
 	if d.out, err = w.Disk(ctx, o); err != nil {
 		return err
 	}
+	d.readLost()
 	if o.Resume != nil {
 		return nil
 	}
@@ -274,6 +275,19 @@ func (j Job) begin(ctx context.Context, d *disk, w *store.Writer, damage error, 
 		}
 	}
 	return nil
+}
+
+// readLost makes the backup read what the repository has lost of the last point, changed or not.
+func (d *disk) readLost() {
+	var lost cbt.Extents
+	for _, c := range d.out.Lost() {
+		lost = append(lost, cbt.Extent(c))
+	}
+	if len(lost) == 0 {
+		return
+	}
+	d.pending = d.pending.Union(lost.Align(d.grain, d.size))
+	d.tracking.Reasons = append(d.tracking.Reasons, fmt.Sprintf("%d bytes of the last point are lost in the repository: they were read again", lost.Bytes()))
 }
 
 // ErrShrunk is wrapped when a disk is smaller than its last point.
