@@ -133,7 +133,7 @@ func (d *vmDir) Readdir(context.Context) (fs.DirStream, syscall.Errno) {
 	for _, p := range l.points {
 		entries = append(entries, fuse.DirEntry{Name: p.name, Mode: syscall.S_IFDIR, Ino: ino("point", p.VM, p.ID)})
 	}
-	if len(entries) > 0 {
+	if _, ok := l.newest(); ok {
 		entries = append(entries, fuse.DirEntry{Name: latest, Mode: syscall.S_IFLNK, Ino: ino("latest", d.vm)})
 	}
 	return fs.NewListDirStream(entries), 0

@@ -11,6 +11,7 @@ import (
 type listing struct {
 	at     time.Time // when it was read
 	points []namedPoint
+	latest string // ID of the newest point that is not known to be damaged; empty: there is none
 }
 
 type namedPoint struct {
@@ -60,10 +61,11 @@ func (l listing) find(name string) (namedPoint, bool) {
 
 // newest returns the point that "latest" leads to.
 func (l listing) newest() (namedPoint, bool) {
-	if len(l.points) == 0 {
+	i := slices.IndexFunc(l.points, func(p namedPoint) bool { return p.ID == l.latest })
+	if i < 0 {
 		return namedPoint{}, false
 	}
-	return l.points[len(l.points)-1], true
+	return l.points[i], true
 }
 
 // vmNames lists the VMs, as they were at most t.refresh ago.
@@ -98,7 +100,14 @@ func (t *tree) list(vm string) (listing, error) {
 	if err != nil {
 		return listing{}, err
 	}
+	whole, err := t.catalog.Whole(t.ctx, vm, points)
+	if err != nil {
+		return listing{}, err
+	}
 	l = listing{at: at, points: namePoints(points)}
+	if n := len(whole); n > 0 {
+		l.latest = whole[n-1].ID
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if len(points) == 0 {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"slices"
 
 	"github.com/tidemark/tidemark/store"
 )
@@ -33,6 +34,7 @@ type PointDetails struct {
 	Disks       []DiskInfo
 	Config      []byte          // the VM's configuration, if the point has one
 	Document    json.RawMessage // all of it, indented
+	Damage      *store.Damage   // what is known to be lost of it; nil: nothing. Set by Find alone
 
 	point *store.Point
 }
@@ -64,14 +66,28 @@ func (c *Catalog) Point(ctx context.Context, p PointInfo) (*PointDetails, error)
 	return details(point)
 }
 
+// Whole leaves out of points, which are of one VM, those that are known to be damaged.
+func (c *Catalog) Whole(ctx context.Context, vm string, points []PointInfo) ([]PointInfo, error) {
+	known, err := c.repo.Damages(ctx, vm)
+	if err != nil || len(known) == 0 {
+		return points, err
+	}
+	return slices.DeleteFunc(slices.Clone(points), func(p PointInfo) bool { _, bad := known[p]; return bad }), nil
+}
+
 // Find reads the document of the point that ref names: "VM", "VM@latest",
-// "VM@<start of an ID>" or "VM@<time>" (the newest at or before it).
+// "VM@<start of an ID>" or "VM@<time>" (the newest at or before it). Only an ID leads to a point
+// that is known to be damaged.
 func (c *Catalog) Find(ctx context.Context, ref string) (*PointDetails, error) {
-	point, err := c.repo.Find(ctx, ref)
+	point, damage, err := c.repo.FindWhole(ctx, ref)
 	if err != nil {
 		return nil, err
 	}
-	return details(point)
+	d, err := details(point)
+	if err == nil {
+		d.Damage = damage
+	}
+	return d, err
 }
 
 func details(p *store.Point) (*PointDetails, error) {

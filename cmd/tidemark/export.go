@@ -27,7 +27,7 @@ func newExport(g *globals) *cobra.Command {
 		Short: "Serve the disks of a restore point over NBD",
 		Long: `Serve the disks of a restore point over NBD, as exports called disk0, disk1, ...; a
 client that names none gets the only one. POINT is latest, the start of an ID, or a
-time.
+time; only an ID leads to a point that "tidemark repair" found to be damaged.
 
 With --writable a client may write: what it writes goes into an overlay, and the
 point stays as it is. The overlay is a file that --overlay names and that can be used
@@ -89,6 +89,7 @@ func (o exportOptions) run(c *cobra.Command, g *globals, ref string) (err error)
 	if err != nil {
 		return err
 	}
+	warnDamaged(c, p.VM+"@"+p.ID, p.Damage)
 	disks, err := chooseDisks(p, o.disk)
 	if err != nil {
 		return err
@@ -185,14 +186,18 @@ func (o exportOptions) openOverlay(cat *restore.Catalog, p *restore.PointDetails
 }
 
 // findBootable finds a point to run a machine from. One that shows no single
-// instant has to be asked for by its ID.
+// instant, or is known to be damaged, has to be asked for by its ID.
 func findBootable(ctx context.Context, cat *restore.Catalog, ref string) (*restore.PointDetails, error) {
 	p, err := cat.Find(ctx, ref)
 	if err != nil {
 		return nil, err
 	}
 	_, point, _ := strings.Cut(ref, "@")
-	if p.Consistency == string(store.None) && (len(point) < 4 || !strings.HasPrefix(p.ID, point)) {
+	byID := len(point) >= 4 && strings.HasPrefix(p.ID, point)
+	if p.Damage != nil && !byID {
+		return nil, fmt.Errorf("%s is %s@%s, which is damaged: choose another point, or name it by its ID", ref, p.VM, p.ID)
+	}
+	if p.Consistency == string(store.None) && !byID {
 		return nil, fmt.Errorf("%s is %s@%s, which was read while it was written and shows no single instant: choose another point, or name it by its ID", ref, p.VM, p.ID)
 	}
 	return p, nil

@@ -28,7 +28,7 @@ func newMount(g *globals) *cobra.Command {
 
   DIR/NAME/2026-11-22T18-30-00Z/disk0.raw   the disk
   DIR/NAME/2026-11-22T18-30-00Z/point.json  what is known of the point
-  DIR/NAME/latest                           link to the newest
+  DIR/NAME/latest                           link to the newest that is not known to be damaged
 
 New points appear by themselves. Works in the foreground until interrupted or unmounted;
 --daemon returns when the files are there.`,

@@ -21,7 +21,9 @@ func newPoints(g *globals) *cobra.Command {
 
 --evidence shows, for each disk, how it was decided what to read, and the proof: which
 programs were attached from when on, how many events they missed, what they counted
-beside the kernel's own statistics, and who wrote.`,
+beside the kernel's own statistics, and who wrote.
+
+DAMAGE is what "tidemark repair" found to be lost. "verify" looks whether there is more.`,
 		Example: `  tidemark points -r /srv/backup
   tidemark points web1 -r /srv/backup --json
   tidemark points web1@latest --evidence -r /srv/backup`,
@@ -37,8 +39,16 @@ beside the kernel's own statistics, and who wrote.`,
 			if err != nil {
 				return err
 			}
+			known, err := damageOf(ctx, repo, points)
+			if err != nil {
+				return err
+			}
 			if g.json {
-				return errors.Join(append(bad, printJSON(c.OutOrStdout(), points))...)
+				listed := make([]listedPoint, len(points))
+				for i, p := range points {
+					listed[i] = listedPoint{p, known[p.Name()]}
+				}
+				return errors.Join(append(bad, printJSON(c.OutOrStdout(), listed))...)
 			}
 			if evidence {
 				for _, p := range points {
@@ -46,7 +56,7 @@ beside the kernel's own statistics, and who wrote.`,
 				}
 				return errors.Join(bad...)
 			}
-			t := newTable(c.OutOrStdout(), "POINT", "TIME", "DISKS", "MODE", "CHANGED", "READ", "STORED", "PAUSED", "CONSISTENCY")
+			t := newTable(c.OutOrStdout(), "POINT", "TIME", "DISKS", "MODE", "CHANGED", "READ", "STORED", "PAUSED", "CONSISTENCY", "DAMAGE")
 			for _, p := range points {
 				s := agent.Sum(p)
 				var total int64
@@ -54,13 +64,45 @@ beside the kernel's own statistics, and who wrote.`,
 					total += d.Root.Size
 				}
 				t.row(p.VM+"@"+p.ID, clock(p.Time), fmt.Sprintf("%d × %s", len(p.Disks), size(total)), modes(p), size(s.Changed),
-					size(s.Read), size(s.Stored), short(p.Quiesce.Paused), string(p.Consistency))
+					size(s.Read), size(s.Stored), short(p.Quiesce.Paused), string(p.Consistency), lostOf(known[p.Name()]))
 			}
 			return errors.Join(append(bad, t.flush())...)
 		},
 	}
 	c.Flags().BoolVar(&evidence, "evidence", false, "show what the completeness of each point rests on")
 	return c
+}
+
+// listedPoint is a point with what is known to be lost of it.
+type listedPoint struct {
+	*store.Point
+	Damage *store.Damage `json:"damage,omitempty"`
+}
+
+func lostOf(d *store.Damage) string {
+	if d == nil {
+		return "-"
+	}
+	return size(d.Bytes()) + " lost"
+}
+
+// damageOf returns what is known to be lost of points.
+func damageOf(ctx context.Context, repo *store.Repo, points []*store.Point) (map[store.PointName]*store.Damage, error) {
+	known, asked := map[store.PointName]*store.Damage{}, map[string]bool{}
+	for _, p := range points {
+		if asked[p.VM] {
+			continue
+		}
+		asked[p.VM] = true
+		of, err := repo.Damages(ctx, p.VM)
+		if err != nil {
+			return nil, err
+		}
+		for n, d := range of {
+			known[n] = &d
+		}
+	}
+	return known, nil
 }
 
 // listPoints reads the points that a names: of all VMs, of one, or one of one. Those that

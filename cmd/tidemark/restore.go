@@ -20,7 +20,8 @@ func newRestore(g *globals) *cobra.Command {
 		Use:   "restore NAME@POINT -r REPO -o FILE|DEVICE",
 		Short: "Write a disk of a restore point to a file or device",
 		Long: `Write a disk of a restore point, or all of them, to files or a block device. POINT is
-latest, the start of an ID, or a time. Every byte is checked against its hash on the way.
+latest, the start of an ID, or a time; only an ID leads to a point that "tidemark repair" found
+to be damaged. Every byte is checked against its hash on the way.
 
 A file appears under its name only when it is complete. Raw files are sparse, and a restore
 to one that was interrupted goes on when it is started again. The other formats are made
@@ -98,6 +99,7 @@ func (o *restoreOptions) run(c *cobra.Command, g *globals, ref string) (err erro
 	if err != nil {
 		return err
 	}
+	warnDamaged(c, p.VM+"@"+p.ID, p.Damage)
 	disks, err := o.choose(p)
 	if err != nil {
 		return err

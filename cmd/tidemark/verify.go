@@ -88,6 +88,9 @@ its hash. --quick checks that all that is needed is there, without reading the d
 				}
 			}
 			if problems > 0 {
+				if !g.json && !g.quiet {
+					_, _ = fmt.Fprintln(c.OutOrStdout(), "`tidemark repair` heals what has a good copy, and has the next backup read the rest again")
+				}
 				return errProblems
 			}
 			return nil
