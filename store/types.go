@@ -165,7 +165,7 @@ type Tracking struct {
 	// Mode is "full" (first point), "tracked" (the tracker proved what changed)
 	// or "compare" (the whole disk was read and compared with the parent).
 	Mode string `json:"mode"`
-	// Reasons say why it is not "tracked".
+	// Reasons say why it is not "tracked", or what was read although it had not changed.
 	Reasons []string `json:"reasons,omitempty"`
 	// Resumed is when the checkpoint was made from which an interrupted backup went on; zero if it was
 	// made in one go. Mode and reasons are those of the whole.
