@@ -75,7 +75,11 @@ func TestLargePacksAreCompacted(t *testing.T) {
 		t.Errorf("below the threshold: %+v", rep)
 	}
 	rep := gc(t, r, GCOptions{Garbage: 0.1})
-	if rep.Compacted != 2 || rep.Freed != 8*k64 {
+	padding := int64(0)
+	if r.Encrypted() {
+		padding = k64 // at most, of two packs
+	}
+	if rep.Compacted != 2 || rep.Freed < 8*k64-padding || rep.Freed > 8*k64+padding {
 		t.Errorf("compacted: %+v", rep)
 	}
 	if n := packFiles(t, r); !slices.ContainsFunc(n, func(s string) bool { return strings.HasSuffix(s, ".2") }) {
