@@ -300,13 +300,14 @@ func (c *Client) read(dec *decoder) {
 			err = fmt.Errorf("%w: second greeting", ErrNotQMP)
 		}
 		if err != nil {
-			_ = c.conn.Close()
+			// Why comes first: whoever finds the connection closed asks for it.
 			c.mu.Lock()
-			defer c.mu.Unlock()
 			c.err = fmt.Errorf("%w: %w", ErrClosed, err)
 			if c.closing {
 				c.err = ErrClosed
 			}
+			c.mu.Unlock()
+			_ = c.conn.Close()
 			return
 		}
 		if m.kind == kindEvent {
