@@ -118,7 +118,7 @@ vmtest-files: ## image files on ext4, xfs and btrfs under a Debian kernel in QEM
 crash: ## kill -9 at every moment of a backup, resumed and not, in a folder and on S3, plain and encrypted: 15 minutes
 	TIDEMARK_TEST_EVERY_MOMENT=1 $(GO) test -count 1 -timeout 1h -v -run 'Killed|AfterKill|EncryptedRepositories' ./store
 
-model: ## Spin: the epoch protocol keeps its properties, broken variants do not
+model: ## Spin: epochs and garbage collection keep their properties, broken variants do not
 	test/deps.sh model
 	$(GO) run ./test/model
 

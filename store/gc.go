@@ -212,6 +212,16 @@ func (c *collection) pending(ctx context.Context) ([]*verdict, error) {
 	}
 	var out []*verdict
 	for _, v := range vs {
+		if v.doc == nil {
+			// Left over, or created while they were listed and what came after it was seen.
+			there, err := c.repo.exists(ctx, v.name)
+			if err != nil {
+				return nil, err
+			}
+			if there {
+				continue
+			}
+		}
 		switch {
 		case v.doc != nil && v.done == nil:
 			out = append(out, v)

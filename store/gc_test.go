@@ -2,14 +2,18 @@ package store
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/tidemark/tidemark/store/blob"
 )
 
 func gc(t *testing.T, r *Repo, o GCOptions) GCReport {
@@ -274,6 +278,71 @@ func TestWriterNeedsNoRightToDelete(t *testing.T) {
 	m.forbid = nil
 	gc(t, openMem(t, m), GCOptions{})
 	wantClean(t, openMem(t, m), p2)
+}
+
+// appearing is a store whose first listing of documents of collections began before do and
+// still shows what do created of which the names end with suffix: a listing shows or hides what
+// changes meanwhile.
+type appearing struct {
+	*memStore
+	do     func()
+	suffix string
+}
+
+func (a *appearing) List(ctx context.Context, prefix string) iter.Seq2[blob.Info, error] {
+	do := a.do
+	if prefix != gcPrefix || do == nil {
+		return a.memStore.List(ctx, prefix)
+	}
+	a.do = nil
+	return func(yield func(blob.Info, error) bool) {
+		before := a.names(prefix)
+		do()
+		for info, err := range a.memStore.List(ctx, prefix) {
+			seen := err != nil || slices.Contains(before, info.Name) || strings.HasSuffix(info.Name, a.suffix)
+			if seen && !yield(info, err) {
+				return
+			}
+		}
+	}
+}
+
+// Another collection makes its document and what it waits for while this one lists them, and the listing
+// shows only the second. That is no leftover: without the document writers would take
+// for good what is being deleted.
+func TestDocumentThatAppearsWhileListedStays(t *testing.T) {
+	for _, suffix := range []string{waitSuffix, doneSuffix} {
+		a := &appearing{memStore: newMemStore(1), suffix: suffix}
+		a.be(true)
+		r, err := initOn(t.Context(), a, "mem", testNew()...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		other := newDocumentName(gcPrefix, time.Now())
+		shown := false
+		a.do = func() {
+			doc := condemnedDoc{Time: time.Now().UTC(), Packs: []packAt{{Pack: PackID{1}}}}
+			err := errors.Join(
+				r.putDocument(t.Context(), other, "gc", doc),
+				r.putDocument(t.Context(), other+waitSuffix, "gc-wait", waitDoc{Sessions: []string{}}),
+				r.putDocument(t.Context(), other+doneSuffix, "gc-done", doneDoc{Time: time.Now().UTC()}),
+			)
+			shown = err == nil
+			if err != nil {
+				t.Error(err)
+			}
+		}
+		c, err := r.newCollection(GCOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.pending(t.Context()); err != nil || !shown {
+			t.Fatalf("pending: %v, listed: %v", err, shown)
+		}
+		if left := a.names(gcPrefix); len(left) != 3 {
+			t.Errorf("a listing that shows only %s: left are %v", suffix, left)
+		}
+	}
 }
 
 func FuzzDocument(f *testing.F) {

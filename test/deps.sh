@@ -1,6 +1,6 @@
 #!/bin/sh
 # deps.sh build|run|model|bench...: installs the Debian packages that building the BPF object and
-# linting (build), the tests and the demo (run), the model of the epoch protocol (model), or the
+# linting (build), the tests and the demo (run), the models of protocols (model), or the
 # benchmarks' competitors (bench) need. Does nothing where all are there; says what is missing
 # where it may not install.
 set -eu

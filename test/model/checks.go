@@ -2,7 +2,21 @@ package main
 
 import "slices"
 
-// property is what the model asserts.
+// protocol is a model and what is asked of it.
+type protocol struct {
+	name       string
+	file       string
+	begins     string // how every trace does
+	properties []property
+	checks     []check
+}
+
+var protocols = []protocol{
+	{"Epochs", "epoch.pml", "Every trace begins with a durable point that equals the\ndisk, with change ID 0, and epoch 1 as the current one.", properties, checks},
+	{"Garbage collection", "gc.pml", "Records, packs, points, sessions and\ndocuments are numbered; sets of them are sums of powers of two. Pack 0 holds records 0 and 1 (of one record: 0), point 0 refers to record 0;\nwith a tree, point 0 refers to nodes 0 and 1, point 1 to node 1, and nodes 0 and 1 to records 2 and 3.", gcProperties, gcChecks},
+}
+
+// property is what a model asserts.
 type property struct{ name, says string }
 
 var properties = []property{
@@ -21,7 +35,10 @@ type check struct {
 }
 
 // properties that the check asserts: instants cost states, so not every check looks at them.
-func (c check) properties() []string {
+func (p protocol) asserted(c check) []string {
+	if len(p.properties) == 1 {
+		return []string{p.properties[0].name}
+	}
 	out := []string{"P1", "P2"}
 	if !slices.Contains(c.macros, "KILLS=0") {
 		out = append(out, "P3")

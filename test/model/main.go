@@ -1,11 +1,11 @@
-// Command model checks the epoch protocol with Spin: the protocol as it is must keep its
-// properties in every state within the bounds, and each broken variant must lose one.
+// Command model checks protocols with Spin: that of epochs and that of garbage collection. As it is
+// each must keep its properties in every state within the bounds, and each broken variant must lose one.
 // It needs spin and gcc, and ends with 1 if anything is not as expected.
 package main
 
 import (
 	"context"
-	_ "embed"
+	"embed"
 	"fmt"
 	"os"
 	"os/exec"
@@ -20,8 +20,8 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-//go:embed epoch.pml
-var model []byte
+//go:embed *.pml
+var models embed.FS
 
 // memory that one search may take, in MiB. One that needs more has not proven anything.
 const memory = 2500
@@ -40,52 +40,68 @@ func run() error {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	begin := time.Now()
-	results := make([]result, len(checks))
+	results := make([][]result, len(protocols))
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(min(2, runtime.NumCPU()))
-	for i, c := range checks {
-		g.Go(func() (err error) {
-			if results[i], err = c.search(ctx); err != nil {
-				err = fmt.Errorf("%s: %w", c.name, err)
-			}
-			return err
-		})
+	searches := 0
+	for i, p := range protocols {
+		results[i] = make([]result, len(p.checks))
+		searches += len(p.checks)
+		for j, c := range p.checks {
+			g.Go(func() (err error) {
+				if results[i][j], err = c.search(ctx, p.file); err != nil {
+					err = fmt.Errorf("%s: %w", c.name, err)
+				}
+				return err
+			})
+		}
 	}
 	if err := g.Wait(); err != nil {
 		return err
 	}
 	bad := 0
-	fmt.Println("Properties")
-	for _, p := range properties {
-		fmt.Printf("  %s  %s\n", p.name, p.says)
+	for i, p := range protocols {
+		bad += p.report(results[i])
 	}
-	fmt.Println("\nThe protocol as it is")
-	for i, c := range checks {
-		if c.expect == "" {
-			bad += c.report(results[i])
-		}
-	}
-	fmt.Println("\nBroken variants: each must lose a property. Every trace begins with a durable point that equals the\ndisk, with change ID 0, and epoch 1 as the current one.")
-	for i, c := range checks {
-		if c.expect != "" {
-			bad += c.report(results[i])
-		}
-	}
-	fmt.Printf("\n%d searches in %v, ", len(checks), time.Since(begin).Round(time.Second))
+	fmt.Printf("\n%d searches in %v, ", searches, time.Since(begin).Round(time.Second))
 	if bad > 0 {
 		fmt.Println("not all as expected")
-		return fmt.Errorf("%d of %d searches did not end as expected", bad, len(checks))
+		return fmt.Errorf("%d of %d searches did not end as expected", bad, searches)
 	}
 	fmt.Println("all as expected")
 	return nil
 }
 
+// report prints what was found and returns how much of it was not expected.
+func (p protocol) report(results []result) (bad int) {
+	fmt.Printf("\n%s\n\nProperties\n", strings.ToUpper(p.name))
+	for _, q := range p.properties {
+		fmt.Printf("  %s  %s\n", q.name, q.says)
+	}
+	fmt.Println("\nThe protocol as it is")
+	for i, c := range p.checks {
+		if c.expect == "" {
+			bad += c.report(results[i], p.asserted(c))
+		}
+	}
+	fmt.Println("\nBroken variants: each must lose a property. " + p.begins)
+	for i, c := range p.checks {
+		if c.expect != "" {
+			bad += c.report(results[i], nil)
+		}
+	}
+	return bad
+}
+
 // report prints what was found and returns 1 if that was not expected.
-func (c check) report(r result) int {
-	name := fmt.Sprintf("\n  %s (%s)", c.name, strings.Join(c.macros, " "))
+func (c check) report(r result, asserted []string) int {
+	name := "\n  " + c.name
+	if len(c.macros) > 0 {
+		name += fmt.Sprintf(" (%s)", strings.Join(c.macros, " "))
+	}
 	if c.expect == "" {
 		if r.violated == "" && r.complete {
-			fmt.Printf("%s\n    %s hold: %d states, depth %d, all explored\n", name, strings.Join(c.properties(), ", "), r.states, r.depth)
+			fmt.Printf("%s\n    %s hold: %d states, depth %d, all explored\n", name, strings.Join(asserted, ", "), r.states, r.depth)
 			return 0
 		}
 		if r.violated == "" {
@@ -120,7 +136,7 @@ func printTrace(steps []step) {
 
 // search explores the check's states: for a variant breadth first, so that the trace
 // it finds is a shortest one.
-func (c check) search(ctx context.Context) (result, error) {
+func (c check) search(ctx context.Context, file string) (result, error) {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	dir, err := os.MkdirTemp("", "tidemark-model-")
@@ -128,7 +144,11 @@ func (c check) search(ctx context.Context) (result, error) {
 		return result{}, err
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
-	if err := os.WriteFile(filepath.Join(dir, "epoch.pml"), model, 0o600); err != nil {
+	model, err := models.ReadFile(file)
+	if err != nil {
+		return result{}, err
+	}
+	if err := os.WriteFile(filepath.Join(dir, file), model, 0o600); err != nil {
 		return result{}, err
 	}
 	var macros []string
@@ -140,7 +160,7 @@ func (c check) search(ctx context.Context) (result, error) {
 		macros = append(macros, "-DSHORTEST")
 		compile = append(compile, "-DBFS")
 	}
-	if _, err := tool(ctx, dir, "spin", append(macros, "-a", "epoch.pml")...); err != nil {
+	if _, err := tool(ctx, dir, "spin", append(macros, "-a", file)...); err != nil {
 		return result{}, err
 	}
 	if _, err := tool(ctx, dir, "gcc", compile...); err != nil {
@@ -154,7 +174,7 @@ func (c check) search(ctx context.Context) (result, error) {
 	if err != nil || !r.failed {
 		return r, err
 	}
-	if out, err = tool(ctx, dir, "spin", append(macros, "-t", "-T", "epoch.pml")...); err != nil {
+	if out, err = tool(ctx, dir, "spin", append(macros, "-t", "-T", file)...); err != nil {
 		return result{}, err
 	}
 	r.trace, r.violated = parseTrace(out)
