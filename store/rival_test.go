@@ -99,7 +99,7 @@ func TestWritersThatPublishAtOnce(t *testing.T) {
 	}
 	defer func() { _ = w.Abort() }()
 	newer := points[0]
-	if points[1].Time.After(newer.Time) {
+	if c := points[1].Time.Compare(newer.Time); c > 0 || c == 0 && points[1].ID > newer.ID { // the order of their names
 		newer = points[1]
 	}
 	if w.Parent().ID != newer.ID {
