@@ -51,7 +51,7 @@ func (b plainBulk) differences(ctx context.Context, have []byte, off int64) ([]E
 	for at := 0; at < len(have); at += step {
 		end := min(at+step, len(have))
 		if !bytes.Equal(have[at:end], want[at:end]) {
-			out = appendRun(out, Extent{Off: off + int64(at), Len: int64(end - at), Zero: allZero(want[at:end])})
+			out = appendRun(out, Extent{Off: off + int64(at), Len: int64(end - at), Zero: store.IsZero(want[at:end])})
 		}
 	}
 	return out, nil
@@ -64,12 +64,6 @@ func appendRun(runs []Extent, e Extent) []Extent {
 		return runs
 	}
 	return append(runs, e)
-}
-
-// allZero tells whether p is all zeroes: it is if it begins so and equals itself
-// shifted.
-func allZero(p []byte) bool {
-	return len(p) == 0 || p[0] == 0 && bytes.Equal(p[1:], p[:len(p)-1])
 }
 
 var _ bulkDisk = (*PointDisk)(nil)

@@ -6,6 +6,8 @@ import (
 	"sync"
 
 	"golang.org/x/sync/errgroup"
+
+	"github.com/tidemark/tidemark/store"
 )
 
 // copyPiece is how much a worker reads and writes at once, in bytes: a multiple of
@@ -147,7 +149,7 @@ func nonZero(p []byte, off int64) (runs []Extent) {
 	const step = 64 << 10
 	for len(p) > 0 {
 		n := min(step-int(off%step), len(p))
-		if !allZero(p[:n]) {
+		if !store.IsZero(p[:n]) {
 			runs = appendRun(runs, Extent{Off: off, Len: int64(n)})
 		}
 		p, off = p[n:], off+int64(n)

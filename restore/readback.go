@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+
+	"github.com/tidemark/tidemark/store"
 )
 
 // ErrReadBack is wrapped when what was written is not what the target gives back.
@@ -31,7 +33,7 @@ func readBack(ctx context.Context, d bulkDisk, t target, workers int, progress f
 func compareBack(ctx context.Context, d bulkDisk, t target, e Extent, buf []byte) error {
 	if e.Zero {
 		return eachData(ctx, t, e, buf, func(p []byte, off int64) error {
-			if !allZero(p) {
+			if !store.IsZero(p) {
 				return fmt.Errorf("bytes %d to %d: %w", off, off+int64(len(p))-1, ErrReadBack)
 			}
 			return nil

@@ -258,7 +258,14 @@ func (c *copying) grain(ctx context.Context, out *DiskWriter, m *Map, n int64) e
 			}
 			h = c.to.ids.sum(rec.content)
 		}
-		now, err = out.adopt(ctx, h, func() (record, error) { sent = true; return get() })
+		now, err = out.place(ctx, h, func() (Ref, int64, error) {
+			sent = true
+			rec, err := get()
+			if err != nil {
+				return Ref{}, 0, err
+			}
+			return out.w.data.add(ctx, rec.packed, len(rec.content), rec.how, h)
+		})
 		if err != nil {
 			return err
 		}
@@ -272,29 +279,6 @@ func (c *copying) grain(ctx context.Context, out *DiskWriter, m *Map, n int64) e
 	return out.set(ctx, n, now, true)
 }
 
-// adopt returns the place of a grain that is known by its hash, by get if this Writer does not
-// find it.
-func (d *DiskWriter) adopt(ctx context.Context, h Hash, get func() (record, error)) (Ref, error) {
-	return d.w.session.once(ctx, h, func() (Ref, error) {
-		if d.dedup != nil {
-			if ref, ok, err := d.dedup.find(ctx, h); ok || err != nil {
-				return ref, err
-			}
-		}
-		rec, err := get()
-		if err != nil {
-			return Ref{}, err
-		}
-		ref, cost, err := d.w.data.add(ctx, rec.packed, len(rec.content), rec.how, h)
-		if err != nil {
-			return Ref{}, err
-		}
-		d.fresh.Add(int64(len(rec.content)))
-		d.stored.Add(cost)
-		return ref, nil
-	})
-}
-
 // record is a grain as it is and as it was compressed.
 type record struct {
 	content, packed []byte
@@ -304,12 +288,9 @@ type record struct {
 // wholeRecord reads a grain, checked against ref, and its compressed form.
 func (r *reader) wholeRecord(ctx context.Context, ref Ref, grain int) (rec record, err error) {
 	err = r.following(ctx, ref.Pack, func(x *packIndex) error {
-		e, err := x.locate(ref, kindData)
+		e, err := x.locateGrain(ref, grain)
 		if err != nil {
 			return err
-		}
-		if int(e.raw) != grain {
-			return x.recordError(ref, fmt.Sprintf("a grain of %d bytes, not %d", e.raw, grain))
 		}
 		stored := make([]byte, e.stored)
 		if err := r.readFull(ctx, packObject(ref.Pack, x.generation), stored, int64(e.off)); err != nil {

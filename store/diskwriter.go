@@ -256,7 +256,7 @@ func (d *DiskWriter) writeGrain(ctx context.Context, n int64, b []byte) error {
 		}
 	}
 	var now Ref
-	if !isZero(b) {
+	if !IsZero(b) {
 		now.Hash = d.w.repo.ids.sum(b)
 		if known && now.Hash == was.Hash {
 			now = was
@@ -270,25 +270,30 @@ func (d *DiskWriter) writeGrain(ctx context.Context, n int64, b []byte) error {
 	return d.set(ctx, n, now, !known || now.Hash != was.Hash)
 }
 
-// isZero tells whether b, of at least 8 bytes, is all zeroes: it is if it begins so
-// and equals itself shifted.
-func isZero(b []byte) bool {
-	return b[0] == 0 && bytes.Equal(b[1:], b[:len(b)-1])
+// IsZero tells whether p is all zeroes, as an empty one is: it is if it begins so and equals itself shifted.
+func IsZero(p []byte) bool {
+	return len(p) == 0 || p[0] == 0 && bytes.Equal(p[1:], p[:len(p)-1])
 }
 
 // storeGrain returns the place of content that the parent does not hold there.
 func (d *DiskWriter) storeGrain(ctx context.Context, h Hash, b []byte) (Ref, error) {
+	return d.place(ctx, h, func() (Ref, int64, error) { return d.w.addRecord(ctx, d.w.data, h, b) })
+}
+
+// place returns the place of the grain h, by add if this Writer and its index don't know one. add also returns
+// what the grain costs, in bytes.
+func (d *DiskWriter) place(ctx context.Context, h Hash, add func() (Ref, int64, error)) (Ref, error) {
 	return d.w.session.once(ctx, h, func() (Ref, error) {
 		if d.dedup != nil {
 			if ref, ok, err := d.dedup.find(ctx, h); ok || err != nil {
 				return ref, err
 			}
 		}
-		ref, cost, err := d.w.addRecord(ctx, d.w.data, h, b)
+		ref, cost, err := add()
 		if err != nil {
 			return Ref{}, err
 		}
-		d.fresh.Add(int64(len(b)))
+		d.fresh.Add(int64(d.opt.Grain))
 		d.stored.Add(cost)
 		return ref, nil
 	})

@@ -183,12 +183,18 @@ func (w *packWriter) send(ctx context.Context) error {
 		return err
 	}
 	defer w.fill.unlock()
-	if w.cur != nil && w.failed() == nil {
-		if err := w.seal(ctx); err != nil {
-			return err
-		}
+	if err := w.sealLast(ctx); err != nil {
+		return err
 	}
 	return w.failed()
+}
+
+// sealLast uploads what is left, if nothing has failed. The caller holds fill.
+func (w *packWriter) sealLast(ctx context.Context) error {
+	if w.cur != nil && w.failed() == nil {
+		return w.seal(ctx)
+	}
+	return nil
 }
 
 // flush puts what is left and returns when every record added before is durable.
@@ -197,10 +203,8 @@ func (w *packWriter) flush(ctx context.Context) error {
 		return err
 	}
 	defer w.fill.unlock()
-	if w.cur != nil && w.failed() == nil {
-		if err := w.seal(ctx); err != nil {
-			return err
-		}
+	if err := w.sealLast(ctx); err != nil {
+		return err
 	}
 	if err := w.idle(ctx); err != nil {
 		return err

@@ -220,6 +220,15 @@ func (x *packIndex) locate(ref Ref, kind packKind) (packEntry, error) {
 	return e, nil
 }
 
+// locateGrain is locate for a grain of so many bytes.
+func (x *packIndex) locateGrain(ref Ref, grain int) (packEntry, error) {
+	e, err := x.locate(ref, kindData)
+	if err == nil && int(e.raw) != grain {
+		err = x.recordError(ref, fmt.Sprintf("a grain of %d bytes, not %d", e.raw, grain))
+	}
+	return e, err
+}
+
 func (x *packIndex) recordError(ref Ref, what string) error {
 	return &CorruptError{packObject(ref.Pack, x.generation), fmt.Sprintf("record %d: %s", ref.Ord, what)}
 }

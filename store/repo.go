@@ -196,7 +196,7 @@ func (r *Repo) ReadGrain(ctx context.Context, ref Ref, dst []byte) error {
 // IsGrain tells whether p, a whole grain, is the content at ref. It reads nothing.
 func (r *Repo) IsGrain(ref Ref, p []byte) bool {
 	if ref.IsZero() {
-		return isZero(p)
+		return IsZero(p)
 	}
 	return r.ids.sum(p) == ref.Hash
 }
