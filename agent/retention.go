@@ -30,13 +30,7 @@ func forgetBy(ctx context.Context, repo *store.Repo, vm string, p store.Policy) 
 	if err != nil {
 		return nil, fmt.Errorf("policy of %s: %w", vm, err)
 	}
-	var names []store.PointName
-	for _, d := range ds {
-		if !d.Keep {
-			names = append(names, d.PointName)
-		}
-	}
-	forgotten, err := repo.Forget(ctx, names, nil)
+	forgotten, err := repo.Forget(ctx, store.NotKept(ds), nil)
 	if errors.Is(err, store.ErrPinned) { // pinned since it was decided
 		err = nil
 	}

@@ -222,43 +222,30 @@ func (r *Repo) noteDamage(ctx context.Context, n PointName, d Damage) error {
 
 // dropDamage deletes the notes of a point but the one of number keep.
 func (r *Repo) dropDamage(ctx context.Context, n PointName, keep uint32) error {
-	var old []string
-	for info, err := range r.blobs.List(ctx, r.damageObject(n, 0)[:len(r.damageObject(n, 0))-1]) {
-		if err != nil {
-			return err
-		}
-		if of, number, ok := r.parseDamageObject(info.Name); ok && of == n && number != keep {
-			old = append(old, info.Name)
-		}
+	notes, err := r.names(ctx, strings.TrimSuffix(r.damageObject(n, 0), "0"))
+	if err != nil {
+		return err
 	}
-	for _, name := range old {
-		if err := r.removed(ctx, name); err != nil {
-			return err
-		}
-	}
-	return nil
+	return r.removed(ctx, slices.DeleteFunc(notes, func(name string) bool {
+		of, number, ok := r.parseDamageObject(name)
+		return !ok || of != n || number == keep
+	})...)
 }
 
 // FindWhole is as Find, but "latest" and times pass over points that are known to be damaged. By the start of its
 // ID such a one is found all the same; damage is then what is lost of it. The error wraps ErrCorrupt if there are
 // damaged points only.
 func (r *Repo) FindWhole(ctx context.Context, ref string) (p *Point, damage *Damage, err error) {
-	vm, which, given := strings.Cut(ref, "@")
-	if !given {
-		which = "latest"
-	}
-	names, err := r.Points(ctx, vm)
+	names, which, err := r.candidates(ctx, ref)
 	if err != nil {
 		return nil, nil, err
 	}
-	if len(names) == 0 {
-		return nil, nil, fmt.Errorf("%s: %w: no points of %s", ref, ErrNotFound, vm)
-	}
+	vm := names[0].VM
 	known, err := r.Damages(ctx, vm)
 	if err != nil {
 		return nil, nil, err
 	}
-	if byID := which != "" && len(which) <= 16 && isHex(which); !byID && len(known) > 0 {
+	if !startsID(which) && len(known) > 0 {
 		whole := slices.DeleteFunc(slices.Clone(names), func(n PointName) bool { _, bad := known[n]; return bad })
 		if len(whole) == 0 {
 			return nil, nil, fmt.Errorf("%s: %w: all %d points of %s are damaged: name one by its ID to get what is left of it", ref, ErrCorrupt, len(names), vm)

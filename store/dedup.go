@@ -123,12 +123,12 @@ func hashPrefix(h Hash) uint64 { return binary.BigEndian.Uint64(h[:]) }
 // records known to be lost: nothing new may refer to them.
 func newDedupIndex(ctx context.Context, r *reader, condemned map[PackID]struct{}, lost *marks) (*dedupIndex, error) {
 	d := &dedupIndex{r: r}
-	for info, err := range r.blobs.List(ctx, packPrefix) {
+	for p, err := range r.packObjects(ctx, packPrefix) {
 		if err != nil {
 			return nil, err
 		}
-		id, _, ok := parsePackObject(info.Name)
-		if !ok || len(d.packs) > 0 && d.packs[len(d.packs)-1] == id { // an older generation
+		id := p.Pack
+		if len(d.packs) > 0 && d.packs[len(d.packs)-1] == id { // an older generation
 			continue
 		}
 		if _, ok := condemned[id]; ok {

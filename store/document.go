@@ -75,10 +75,23 @@ func (r *Repo) document(ctx context.Context, name, kind string, v any) error {
 	return decodeDocument(name, kind, doc, v)
 }
 
-// removed deletes an object, or finds it deleted.
-func (r *Repo) removed(ctx context.Context, name string) error {
-	if err := r.blobs.Delete(ctx, name); err != nil && !errors.Is(err, ErrNotFound) {
-		return err
+// names lists the objects whose names begin with prefix.
+func (r *Repo) names(ctx context.Context, prefix string) (names []string, err error) {
+	for info, err := range r.blobs.List(ctx, prefix) {
+		if err != nil {
+			return nil, err
+		}
+		names = append(names, info.Name)
+	}
+	return names, nil
+}
+
+// removed deletes objects in this order, or finds them deleted.
+func (r *Repo) removed(ctx context.Context, names ...string) error {
+	for _, name := range names {
+		if err := r.blobs.Delete(ctx, name); err != nil && !errors.Is(err, ErrNotFound) {
+			return err
+		}
 	}
 	return nil
 }

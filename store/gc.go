@@ -104,11 +104,6 @@ type collection struct {
 	checked time.Time // when a verdict was last seen to stand
 }
 
-type packObjectInfo struct {
-	packAt
-	size int64
-}
-
 func (r *Repo) newCollection(o GCOptions) (*collection, error) {
 	if o.Garbage < 0 || o.Garbage > 1 || o.Patience < 0 || o.Wait < 0 {
 		return nil, fmt.Errorf("%w: options of a garbage collection: %+v", ErrInvalid, o)
@@ -238,18 +233,14 @@ func (c *collection) pending(ctx context.Context) ([]*verdict, error) {
 func (c *collection) list(ctx context.Context) error {
 	c.packs, c.newest = nil, map[PackID]uint32{}
 	c.report.Packs, c.report.Bytes = 0, 0
-	for info, err := range c.repo.blobs.List(ctx, packPrefix) {
+	for p, err := range c.repo.packObjects(ctx, packPrefix) {
 		if err != nil {
 			return err
 		}
-		id, generation, ok := parsePackObject(info.Name)
-		if !ok {
-			continue
-		}
-		c.packs = append(c.packs, packObjectInfo{packAt{id, generation}, info.Size})
-		c.newest[id] = max(c.newest[id], generation)
+		c.packs = append(c.packs, p)
+		c.newest[p.Pack] = max(c.newest[p.Pack], p.Generation)
 		c.report.Packs++
-		c.report.Bytes += info.Size
+		c.report.Bytes += p.size
 	}
 	return nil
 }

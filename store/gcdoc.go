@@ -23,14 +23,6 @@ const (
 	maxCondemned = 1 << 16
 )
 
-// packAt is one object of a pack.
-type packAt struct {
-	Pack       PackID `json:"pack"`
-	Generation uint32 `json:"generation"`
-}
-
-func (p packAt) object() string { return packObject(p.Pack, p.Generation) }
-
 type condemnedDoc struct {
 	Time    time.Time `json:"time"`
 	Process process   `json:"process"`
@@ -55,12 +47,9 @@ type verdict struct {
 
 // verdicts lists the documents of all collections.
 func (r *Repo) verdicts(ctx context.Context) ([]*verdict, error) {
-	var names []string
-	for info, err := range r.blobs.List(ctx, gcPrefix) {
-		if err != nil {
-			return nil, err
-		}
-		names = append(names, info.Name)
+	names, err := r.names(ctx, gcPrefix)
+	if err != nil {
+		return nil, err
 	}
 	byName := map[string]*verdict{}
 	var out []*verdict
@@ -118,10 +107,5 @@ func (r *Repo) condemned(ctx context.Context) (map[PackID]struct{}, error) {
 // dropVerdict deletes a document: the list first, so that what is left of it, if this
 // is interrupted, condemns nothing.
 func (r *Repo) dropVerdict(ctx context.Context, v *verdict) error {
-	for _, name := range []string{v.name, v.name + waitSuffix, v.name + doneSuffix} {
-		if err := r.removed(ctx, name); err != nil {
-			return err
-		}
-	}
-	return nil
+	return r.removed(ctx, v.name, v.name+waitSuffix, v.name+doneSuffix)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"strconv"
 	"strings"
 	"sync"
@@ -43,16 +44,46 @@ func parsePackObject(name string) (id PackID, generation uint32, ok bool) {
 	return id, generation, true
 }
 
+// packAt is one object of a pack.
+type packAt struct {
+	Pack       PackID `json:"pack"`
+	Generation uint32 `json:"generation"`
+}
+
+func (p packAt) object() string { return packObject(p.Pack, p.Generation) }
+
+// packObjectInfo is one object of a pack with its size in bytes.
+type packObjectInfo struct {
+	packAt
+	size int64
+}
+
+// packObjects yields the objects of packs whose names begin with prefix, in the order of their names. Others
+// are passed over. After an error nothing follows.
+func (r *reader) packObjects(ctx context.Context, prefix string) iter.Seq2[packObjectInfo, error] {
+	return func(yield func(packObjectInfo, error) bool) {
+		for info, err := range r.blobs.List(ctx, prefix) {
+			id, generation, ok := parsePackObject(info.Name)
+			if err == nil && !ok {
+				continue
+			}
+			if !yield(packObjectInfo{packAt{id, generation}, info.Size}, err) {
+				return
+			}
+		}
+	}
+}
+
 // newestGeneration asks the repository for the newest generation of a pack. It
 // costs one listing. 0 means that there is no object of it.
 func (r *reader) newestGeneration(ctx context.Context, id PackID) (uint32, error) {
 	newest := uint32(0)
-	for info, err := range r.blobs.List(ctx, packName(id)) {
+	for p, err := range r.packObjects(ctx, packName(id)) {
 		if err != nil {
 			return 0, fmt.Errorf("look for pack %s: %w", id, err)
 		}
-		if have, g, ok := parsePackObject(info.Name); ok && have == id {
-			newest = max(newest, g)
+		if p.Pack == id {
+			newest = max(newest, p.Generation)
 		}
 	}
 	return newest, nil

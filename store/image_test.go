@@ -88,10 +88,16 @@ type write struct {
 // backup publishes a point of vm "a" whose disk "disk0" took the writes.
 func backup(t testing.TB, r *Repo, o DiskOptions, writes ...write) *Point {
 	t.Helper()
+	return backupVM(t, r, "a", o, writes...)
+}
+
+// backupVM is backup for any VM.
+func backupVM(t testing.TB, r *Repo, vm string, o DiskOptions, writes ...write) *Point {
+	t.Helper()
 	if o.Name == "" {
 		o.Name = "disk0"
 	}
-	w, err := r.Begin(t.Context(), "a")
+	w, err := r.Begin(t.Context(), vm)
 	if err != nil {
 		t.Fatal(err)
 	}

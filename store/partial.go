@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 )
@@ -158,12 +159,9 @@ func (w *Writer) Unfinished(ctx context.Context) (_ *Partial, why string, err er
 
 // partials lists the checkpoints of all VMs. Damaged ones are left out.
 func (r *Repo) partials(ctx context.Context) ([]*Partial, error) {
-	var names []string
-	for info, err := range r.blobs.List(ctx, partialPrefix) {
-		if err != nil {
-			return nil, err
-		}
-		names = append(names, info.Name)
+	names, err := r.names(ctx, partialPrefix)
+	if err != nil {
+		return nil, err
 	}
 	var out []*Partial
 	for _, name := range names {
@@ -221,16 +219,13 @@ func (r *Repo) livePartials(ctx context.Context, now time.Time) (live []*Partial
 				p = nil
 			}
 		}
-		for info, err := range r.blobs.List(ctx, folder) {
-			if err != nil {
-				return nil, err
-			}
-			if p != nil && info.Name >= p.object { // a newer one came meanwhile
-				continue
-			}
-			if err := r.blobs.Delete(ctx, info.Name); err != nil && !errors.Is(err, ErrNotFound) {
-				return nil, err
-			}
+		names, err := r.names(ctx, folder)
+		if err != nil {
+			return nil, err
+		}
+		// What comes after p came meanwhile.
+		if err := r.removed(ctx, slices.DeleteFunc(names, func(name string) bool { return p != nil && name >= p.object })...); err != nil {
+			return nil, err
 		}
 		if p != nil {
 			live = append(live, p)
@@ -248,16 +243,11 @@ func (r *Repo) newestPoint(ctx context.Context, vm string) (*Point, error) {
 
 // newestPartial returns nil if there is none in the folder.
 func (r *Repo) newestPartial(ctx context.Context, folder string) (*Partial, error) {
-	last := ""
-	for info, err := range r.blobs.List(ctx, folder) {
-		if err != nil {
-			return nil, err
-		}
-		last = info.Name
+	names, err := r.names(ctx, folder)
+	if err != nil || len(names) == 0 {
+		return nil, err
 	}
-	if last == "" {
-		return nil, nil
-	}
+	last := names[len(names)-1]
 	p := &Partial{object: last}
 	if err := r.document(ctx, last, "partial", p); err != nil {
 		if errors.Is(err, ErrNotFound) { // deleted since it was listed

@@ -92,16 +92,9 @@ func (r *Repo) Find(ctx context.Context, ref string) (*Point, error) {
 
 // FindName is as Find, but reads no document: so it finds a damaged point too.
 func (r *Repo) FindName(ctx context.Context, ref string) (PointName, error) {
-	vm, which, given := strings.Cut(ref, "@")
-	if !given {
-		which = "latest"
-	}
-	names, err := r.Points(ctx, vm)
+	names, which, err := r.candidates(ctx, ref)
 	if err != nil {
 		return PointName{}, err
-	}
-	if len(names) == 0 {
-		return PointName{}, fmt.Errorf("%s: %w: no points of %s", ref, ErrNotFound, vm)
 	}
 	n, err := pick(names, which)
 	if err != nil {
@@ -110,12 +103,30 @@ func (r *Repo) FindName(ctx context.Context, ref string) (PointName, error) {
 	return n, nil
 }
 
+// candidates returns the points of the VM that ref names, at least one, and which of them it means.
+func (r *Repo) candidates(ctx context.Context, ref string) (names []PointName, which string, err error) {
+	vm, which, given := strings.Cut(ref, "@")
+	if !given {
+		which = "latest"
+	}
+	if names, err = r.Points(ctx, vm); err != nil {
+		return nil, "", err
+	}
+	if len(names) == 0 {
+		return nil, "", fmt.Errorf("%s: %w: no points of %s", ref, ErrNotFound, vm)
+	}
+	return names, which, nil
+}
+
+// startsID tells whether which is the start of an ID, and no time.
+func startsID(which string) bool { return which != "" && len(which) <= 16 && isHex(which) }
+
 // pick chooses from names, which are ascending and not empty.
 func pick(names []PointName, which string) (PointName, error) {
 	if which == "latest" {
 		return names[len(names)-1], nil
 	}
-	if which != "" && len(which) <= 16 && isHex(which) {
+	if startsID(which) {
 		var fits []PointName
 		for _, n := range names {
 			if strings.HasPrefix(n.ID, which) {

@@ -307,13 +307,11 @@ func (c *repairing) sources(ctx context.Context, wounds map[PackID]map[uint32]*w
 		}
 	}
 	var packs []packAt
-	for info, err := range c.repo.blobs.List(ctx, packPrefix) {
+	for p, err := range c.repo.packObjects(ctx, packPrefix) {
 		if err != nil {
 			return nil, err
 		}
-		if id, generation, ok := parsePackObject(info.Name); ok {
-			packs = append(packs, packAt{id, generation})
-		}
+		packs = append(packs, p.packAt)
 	}
 	for i, at := range packs {
 		c.o.Progress("looking for good copies", int64(i), int64(len(packs)))

@@ -20,25 +20,7 @@ import (
 // backupOf is backup for any VM, without looking for content elsewhere.
 func backupOf(t testing.TB, r *Repo, vm string, size int64, writes ...write) *Point {
 	t.Helper()
-	w, err := r.Begin(t.Context(), vm)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = w.Abort() }()
-	d, err := w.Disk(t.Context(), DiskOptions{Name: "disk0", Size: size, Grain: 4096})
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, x := range writes {
-		if err := d.Write(t.Context(), x.off, x.p); err != nil {
-			t.Fatal(err)
-		}
-	}
-	p, err := w.Commit(t.Context(), testPoint("disk0"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return p
+	return backupVM(t, r, vm, DiskOptions{Size: size, Grain: 4096}, writes...)
 }
 
 func allNames(t testing.TB, r *Repo) []PointName {
@@ -359,25 +341,7 @@ func TestPolicyKeepsAWholePointBesideADamagedOne(t *testing.T) {
 
 func backupDedup(t testing.TB, r *Repo, vm string, image []byte, writes ...write) *Point {
 	t.Helper()
-	w, err := r.Begin(t.Context(), vm)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = w.Abort() }()
-	d, err := w.Disk(t.Context(), DiskOptions{Name: "disk0", Size: int64(len(image)), Grain: 4096, Dedup: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, x := range writes {
-		if err := d.Write(t.Context(), x.off, x.p); err != nil {
-			t.Fatal(err)
-		}
-	}
-	p, err := w.Commit(t.Context(), testPoint("disk0"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return p
+	return backupVM(t, r, vm, DiskOptions{Size: int64(len(image)), Grain: 4096, Dedup: true}, writes...)
 }
 
 // What is lost, by whatever damage, is what the next backup is told to write; then it is whole.

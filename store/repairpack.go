@@ -18,12 +18,12 @@ type generation struct {
 // generations returns all objects of a pack, ascending. known is false if one of them is not to be judged.
 func (c *repairing) generations(ctx context.Context, id PackID) (all []generation, known bool, err error) {
 	var numbers []uint32
-	for info, err := range c.repo.blobs.List(ctx, packName(id)) {
+	for p, err := range c.repo.packObjects(ctx, packName(id)) {
 		if err != nil {
 			return nil, false, err
 		}
-		if have, n, ok := parsePackObject(info.Name); ok && have == id {
-			numbers = append(numbers, n)
+		if p.Pack == id {
+			numbers = append(numbers, p.Generation)
 		}
 	}
 	slices.Sort(numbers)

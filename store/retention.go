@@ -65,6 +65,16 @@ type Decision struct {
 	Reasons []string `json:"reasons,omitempty"`
 }
 
+// NotKept returns the points of ds that may be forgotten, in their order.
+func NotKept(ds []Decision) (names []PointName) {
+	for _, d := range ds {
+		if !d.Keep {
+			names = append(names, d.PointName)
+		}
+	}
+	return names
+}
+
 // candidatePoint is a point as a policy sees it.
 type candidatePoint struct {
 	name   PointName

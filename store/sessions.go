@@ -198,12 +198,9 @@ func (s *sessionState) isOpen() bool { return s.end == nil && s.begun != nil }
 // sessions lists all sessions with their documents. One that is damaged is an
 // error: nothing may be deleted when it is not known what it protects.
 func (r *Repo) sessions(ctx context.Context) ([]*sessionState, error) {
-	var names []string
-	for info, err := range r.blobs.List(ctx, sessionPrefix) {
-		if err != nil {
-			return nil, err
-		}
-		names = append(names, info.Name)
+	names, err := r.names(ctx, sessionPrefix)
+	if err != nil {
+		return nil, err
 	}
 	byName := map[string]*sessionState{}
 	var out []*sessionState
@@ -287,10 +284,5 @@ func (s *sessionState) isOver(ctx context.Context, now time.Time, published func
 // dropSession deletes a session that is over. Any part that an interruption leaves is
 // deleted by the next collection.
 func (r *Repo) dropSession(ctx context.Context, s *sessionState) error {
-	for _, name := range []string{s.name, s.name + endSuffix, s.name + doneSuffix} {
-		if err := r.removed(ctx, name); err != nil {
-			return err
-		}
-	}
-	return nil
+	return r.removed(ctx, s.name, s.name+endSuffix, s.name+doneSuffix)
 }

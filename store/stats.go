@@ -225,17 +225,13 @@ func (c *census) node(ctx context.Context, ref Ref, level int, by user) (int64, 
 // packs reads the indexes of all packs and sums up.
 func (c *census) packs(ctx context.Context) error {
 	seen := map[PackID]bool{}
-	for info, err := range c.repo.blobs.List(ctx, packPrefix) {
+	for p, err := range c.repo.packObjects(ctx, packPrefix) {
 		if err != nil {
 			return err
 		}
-		id, generation, ok := parsePackObject(info.Name)
-		if !ok {
-			continue
-		}
 		c.out.Packs++
-		c.out.PackBytes += info.Size
-		x, err := c.r.loadGeneration(ctx, id, generation)
+		c.out.PackBytes += p.size
+		x, err := c.r.loadGeneration(ctx, p.Pack, p.Generation)
 		switch {
 		case errors.Is(err, ErrNotFound):
 			continue // collected or compacted meanwhile
@@ -245,12 +241,12 @@ func (c *census) packs(ctx context.Context) error {
 		case err != nil:
 			return err
 		}
-		if seen[id] { // two generations: a compaction is under way
-			c.out.Garbage += info.Size
+		if seen[p.Pack] { // two generations: a compaction is under way
+			c.out.Garbage += p.size
 			continue
 		}
-		seen[id] = true
-		c.pack(id, x)
+		seen[p.Pack] = true
+		c.pack(p.Pack, x)
 	}
 	return nil
 }

@@ -9,20 +9,7 @@ func TestStatsSayWhoNeedsWhat(t *testing.T) {
 	p1 := backup(t, r, DiskOptions{Size: size}, write{0, image})
 	p2 := backup(t, r, DiskOptions{Size: size}, write{0, noise(2, k64)})
 	p3 := backup(t, r, DiskOptions{Size: size}, write{15 << 20, text(3, 2*k64)})
-	w, err := r.Begin(t.Context(), "b")
-	if err != nil {
-		t.Fatal(err)
-	}
-	d, err := w.Disk(t.Context(), DiskOptions{Name: "disk0", Size: size, Dedup: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := d.Write(t.Context(), 8<<20, image); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := w.Commit(t.Context(), testPoint("disk0")); err != nil {
-		t.Fatal(err)
-	}
+	backupVM(t, r, "b", DiskOptions{Size: size, Dedup: true}, write{8 << 20, image})
 
 	s, err := r.Stats(t.Context(), true, nil)
 	if err != nil || len(s.Damaged) > 0 {

@@ -117,12 +117,7 @@ func decided(ctx context.Context, repo *store.Repo, vms []string, p store.Policy
 }
 
 func (g *globals) forget(c *cobra.Command, repo *store.Repo, ds []store.Decision, dry bool) error {
-	var names []store.PointName
-	for _, d := range ds {
-		if !d.Keep {
-			names = append(names, d.PointName)
-		}
-	}
+	names := store.NotKept(ds)
 	if !g.json && !g.quiet {
 		if err := printDecisions(c, ds, dry); err != nil {
 			return err
@@ -197,24 +192,15 @@ func newUnpin(g *globals) *cobra.Command {
 }
 
 // onPoint does something with the point that ref names, and says so.
-func (g *globals) onPoint(c *cobra.Command, ref, done string, do func(context.Context, *store.Repo, store.PointName) error) (err error) {
-	repo, err := g.open(c.Context())
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, repo.Close()) }()
-	n, err := repo.FindName(c.Context(), ref)
-	if err != nil {
-		return err
-	}
-	if err := do(c.Context(), repo, n); err != nil {
-		return err
-	}
-	if g.json {
-		return printJSON(c.OutOrStdout(), n)
-	}
-	if !g.quiet {
-		_, err = fmt.Fprintf(c.OutOrStdout(), "%s %s\n", n, done)
-	}
-	return err
+func (g *globals) onPoint(c *cobra.Command, ref, done string, do func(context.Context, *store.Repo, store.PointName) error) error {
+	return g.withRepo(c, func(ctx context.Context, repo *store.Repo) error {
+		n, err := repo.FindName(ctx, ref)
+		if err != nil {
+			return err
+		}
+		if err := do(ctx, repo, n); err != nil {
+			return err
+		}
+		return g.say(c, n, "%s %s", n, done)
+	})
 }
