@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -45,9 +44,17 @@ find out what is missing.`,
 				return err
 			}
 			defer func() { err = errors.Join(err, dest.Close()) }()
-			byVM, vms, err := namesOf(c.Context(), from, a)
+			names, err := namesOf(c.Context(), from, a)
 			if err != nil {
 				return err
+			}
+			byVM := map[string][]store.PointName{}
+			var vms []string // in the order in which they are named
+			for _, n := range names {
+				if byVM[n.VM] == nil {
+					vms = append(vms, n.VM)
+				}
+				byVM[n.VM] = append(byVM[n.VM], n)
 			}
 			var sum store.CopyReport
 			sum.Points = []store.PointName{}
@@ -96,36 +103,4 @@ func (g *globals) openOther(ctx context.Context, where string) (*store.Repo, err
 		return nil, err
 	}
 	return store.Open(ctx, where, opts...)
-}
-
-// namesOf finds the points that refs name: all of a VM for its name. The VMs come in the order in which they
-// are named.
-func namesOf(ctx context.Context, repo *store.Repo, refs []string) (byVM map[string][]store.PointName, vms []string, err error) {
-	if len(refs) == 0 {
-		if refs, err = repo.VMs(ctx); err != nil {
-			return nil, nil, err
-		}
-	}
-	byVM = map[string][]store.PointName{}
-	for _, ref := range refs {
-		var names []store.PointName
-		if strings.Contains(ref, "@") {
-			n, err := repo.FindName(ctx, ref)
-			if err != nil {
-				return nil, nil, err
-			}
-			names = append(names, n)
-		} else if names, err = repo.Points(ctx, ref); err != nil {
-			return nil, nil, err
-		}
-		if len(names) == 0 {
-			return nil, nil, fmt.Errorf("%s: %w: it has no restore point", ref, store.ErrNotFound)
-		}
-		vm := names[0].VM
-		if byVM[vm] == nil {
-			vms = append(vms, vm)
-		}
-		byVM[vm] = append(byVM[vm], names...)
-	}
-	return byVM, vms, nil
 }

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/dustin/go-humanize"
+	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
 	"github.com/tidemark/tidemark/agent"
@@ -19,6 +20,18 @@ func printJSON(w io.Writer, v any) error {
 	e := json.NewEncoder(w)
 	e.SetIndent("", "  ")
 	return e.Encode(v)
+}
+
+// say prints what was done, or its JSON.
+func (g *globals) say(c *cobra.Command, v any, format string, a ...any) error {
+	if g.json {
+		return printJSON(c.OutOrStdout(), v)
+	}
+	if g.quiet {
+		return nil
+	}
+	_, err := fmt.Fprintf(c.OutOrStdout(), format+"\n", a...)
+	return err
 }
 
 // table prints aligned columns.

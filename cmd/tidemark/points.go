@@ -142,3 +142,32 @@ func listPoints(ctx context.Context, repo *store.Repo, a []string) (points []*st
 	}
 	return points, bad, nil
 }
+
+// namesOf finds the points that refs name: all of a VM for its name, all that there are for none. It reads no
+// document.
+func namesOf(ctx context.Context, repo *store.Repo, refs []string) (names []store.PointName, err error) {
+	if len(refs) == 0 {
+		if refs, err = repo.VMs(ctx); err != nil {
+			return nil, err
+		}
+	}
+	for _, ref := range refs {
+		if strings.Contains(ref, "@") {
+			n, err := repo.FindName(ctx, ref)
+			if err != nil {
+				return nil, err
+			}
+			names = append(names, n)
+			continue
+		}
+		of, err := repo.Points(ctx, ref)
+		if err != nil {
+			return nil, err
+		}
+		if len(of) == 0 {
+			return nil, fmt.Errorf("%s: %w: it has no restore point", ref, store.ErrNotFound)
+		}
+		names = append(names, of...)
+	}
+	return names, nil
+}

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -39,7 +38,8 @@ It ends with 5 if anything is lost.`,
 				return err
 			}
 			defer func() { err = errors.Join(err, repo.Close()) }()
-			names, err := namesToRepair(c.Context(), repo, a)
+			// By names: a point whose document is damaged is to be found too.
+			names, err := namesOf(c.Context(), repo, a)
 			if err != nil {
 				return err
 			}
@@ -72,33 +72,6 @@ It ends with 5 if anything is lost.`,
 	f.BoolVar(&o.Quick, "quick", false, "don't read the data of points that are not known to be damaged")
 	f.BoolVar(&o.DiscardDamaged, "discard-damaged", false, "don't keep replaced objects below salvage/")
 	return c
-}
-
-// namesToRepair reads no document: a point whose document is damaged is to be found too.
-func namesToRepair(ctx context.Context, repo *store.Repo, a []string) ([]store.PointName, error) {
-	if len(a) == 1 && strings.Contains(a[0], "@") {
-		n, err := repo.FindName(ctx, a[0])
-		return []store.PointName{n}, err
-	}
-	vms := a
-	if len(vms) == 0 {
-		var err error
-		if vms, err = repo.VMs(ctx); err != nil {
-			return nil, err
-		}
-	}
-	var out []store.PointName
-	for _, vm := range vms {
-		names, err := repo.Points(ctx, vm)
-		if err != nil {
-			return nil, err
-		}
-		if len(names) == 0 {
-			return nil, fmt.Errorf("%s: %w: it has no restore point", vm, store.ErrNotFound)
-		}
-		out = append(out, names...)
-	}
-	return out, nil
 }
 
 func printRepair(c *cobra.Command, quiet bool, r store.RepairReport) (err error) {

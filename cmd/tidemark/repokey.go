@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 
@@ -30,28 +29,6 @@ writer's key makes backups and reads no content: what a source host needs, and n
 	key.AddCommand(newKeyList(g), newKeyAdd(g), newKeyRemove(g), newKeyRotate(g), newKeyExport(g), newKeyGenerate(g))
 	c.AddCommand(key)
 	return c
-}
-
-// withRepo opens the repository for one command.
-func (g *globals) withRepo(c *cobra.Command, f func(context.Context, *store.Repo) error) (err error) {
-	r, err := g.open(c.Context())
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, r.Close()) }()
-	return f(c.Context(), r)
-}
-
-// say prints what was done, or its JSON.
-func (g *globals) say(c *cobra.Command, v any, format string, a ...any) error {
-	if g.json {
-		return printJSON(c.OutOrStdout(), v)
-	}
-	if g.quiet {
-		return nil
-	}
-	_, err := fmt.Fprintf(c.OutOrStdout(), format+"\n", a...)
-	return err
 }
 
 func newKeyList(g *globals) *cobra.Command {

@@ -29,6 +29,16 @@ func (g *globals) open(ctx context.Context) (*store.Repo, error) {
 	return store.Open(ctx, where, opts...)
 }
 
+// withRepo opens the repository for one command.
+func (g *globals) withRepo(c *cobra.Command, f func(context.Context, *store.Repo) error) (err error) {
+	r, err := g.open(c.Context())
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, r.Close()) }()
+	return f(c.Context(), r)
+}
+
 // cacheBytes bounds the decoded grains that a reading command keeps.
 const cacheBytes = 256 << 20
 

@@ -1,10 +1,10 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -46,7 +46,7 @@ its hash. --quick checks that all that is needed is there, without reading the d
 					return err
 				}
 			}
-			points, err := pointsToVerify(c, repo, a)
+			points, err := pointsToVerify(c.Context(), repo, a)
 			if err != nil {
 				return err
 			}
@@ -104,38 +104,18 @@ its hash. --quick checks that all that is needed is there, without reading the d
 	return c
 }
 
-func pointsToVerify(c *cobra.Command, repo *store.Repo, a []string) ([]*store.Point, error) {
-	ctx := c.Context()
-	if len(a) == 1 && strings.Contains(a[0], "@") {
-		p, err := repo.Find(ctx, a[0])
-		if err != nil {
-			return nil, err
-		}
-		return []*store.Point{p}, nil
-	}
-	vms := a
-	if len(vms) == 0 {
-		var err error
-		if vms, err = repo.VMs(ctx); err != nil {
-			return nil, err
-		}
+func pointsToVerify(ctx context.Context, repo *store.Repo, a []string) ([]*store.Point, error) {
+	names, err := namesOf(ctx, repo, a)
+	if err != nil {
+		return nil, err
 	}
 	var out []*store.Point
-	for _, vm := range vms {
-		names, err := repo.Points(ctx, vm)
+	for _, n := range names {
+		p, err := repo.Point(ctx, n)
 		if err != nil {
 			return nil, err
 		}
-		if len(names) == 0 {
-			return nil, fmt.Errorf("%s: %w: it has no restore point", vm, store.ErrNotFound)
-		}
-		for _, n := range names {
-			p, err := repo.Point(ctx, n)
-			if err != nil {
-				return nil, err
-			}
-			out = append(out, p)
-		}
+		out = append(out, p)
 	}
 	return out, nil
 }
