@@ -17,10 +17,8 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"strings"
-	"syscall"
 
 	"github.com/tidemark/tidemark/test/bench/measure"
 )
@@ -41,15 +39,7 @@ type bench struct {
 	tools []*tool
 }
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := incrbench(ctx, os.Args[1:])
-	stop()
-	if err != nil && !errors.Is(err, flag.ErrHelp) {
-		fmt.Fprintln(os.Stderr, "incrbench:", err)
-		os.Exit(1)
-	}
-}
+func main() { measure.Main("incrbench", incrbench) }
 
 func incrbench(ctx context.Context, args []string) (err error) {
 	fs := flag.NewFlagSet("incrbench", flag.ContinueOnError)

@@ -15,10 +15,8 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/tidemark/tidemark/test/bench/measure"
@@ -40,15 +38,7 @@ type bench struct {
 	copied measure.Sample // seconds of cp
 }
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := repobench(ctx, os.Args[1:])
-	stop()
-	if err != nil && !errors.Is(err, flag.ErrHelp) {
-		fmt.Fprintln(os.Stderr, "repobench:", err)
-		os.Exit(1)
-	}
-}
+func main() { measure.Main("repobench", repobench) }
 
 func repobench(ctx context.Context, args []string) (err error) {
 	fs := flag.NewFlagSet("repobench", flag.ContinueOnError)

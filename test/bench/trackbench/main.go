@@ -16,10 +16,8 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"strings"
-	"syscall"
 
 	"github.com/tidemark/tidemark/bpf"
 	"github.com/tidemark/tidemark/test/bench/measure"
@@ -46,15 +44,7 @@ func (b *bench) note(format string, args ...any) {
 	}
 }
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := trackbench(ctx, os.Args[1:])
-	stop()
-	if err != nil && !errors.Is(err, flag.ErrHelp) {
-		fmt.Fprintln(os.Stderr, "trackbench:", err)
-		os.Exit(1)
-	}
-}
+func main() { measure.Main("trackbench", trackbench) }
 
 func trackbench(ctx context.Context, args []string) (err error) {
 	fs := flag.NewFlagSet("trackbench", flag.ContinueOnError)
