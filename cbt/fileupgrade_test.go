@@ -177,14 +177,7 @@ func TestFileAnotherLayout(t *testing.T) {
 	s := openFile(t, bpf.Options{Dir: pins}, file)
 	id := changes(t, s, cbt.ChangeID{}).ID
 	_ = s.Close()
-	meta, err := ebpf.LoadPinnedMap(filepath.Join(pins, "gen-1", "meta"), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := meta.Put(uint32(0), uint64(0x5449_4445_4550_0000|9999)); err != nil {
-		t.Fatal(err)
-	}
-	_ = meta.Close()
+	anotherLayout(t, pins)
 	tr, err := bpf.Open(bpf.Options{Dir: pins})
 	if err != nil {
 		t.Fatal(err)

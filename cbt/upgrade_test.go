@@ -273,12 +273,9 @@ func TestUpgradeKeepsLosses(t *testing.T) {
 	wantUnknown(t, changes(t, s, id), small, "dropped tracing events")
 }
 
-// A layout that this binary does not know can't be continued: the next point says so,
-// also when another process attached the new tracker.
-func TestUnknownAfterAnotherLayout(t *testing.T) {
-	dev, pins := loopDevice(t, small, ""), pinDir(t)
-	s := open(t, bpf.Options{Dir: pins}, dev)
-	id := changes(t, s, cbt.ChangeID{}).ID
+// anotherLayout makes what is pinned that of a layout that this binary does not know.
+func anotherLayout(t *testing.T, pins string) {
+	t.Helper()
 	meta, err := ebpf.LoadPinnedMap(filepath.Join(pins, "gen-1", "meta"), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -287,6 +284,15 @@ func TestUnknownAfterAnotherLayout(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = meta.Close()
+}
+
+// A layout that this binary does not know can't be continued: the next point says so,
+// also when another process attached the new tracker.
+func TestUnknownAfterAnotherLayout(t *testing.T) {
+	dev, pins := loopDevice(t, small, ""), pinDir(t)
+	s := open(t, bpf.Options{Dir: pins}, dev)
+	id := changes(t, s, cbt.ChangeID{}).ID
+	anotherLayout(t, pins)
 
 	if _, err := bpf.Open(bpf.Options{Dir: pins}); err == nil || !strings.Contains(err.Error(), bpf.ErrBusy.Error()) {
 		t.Errorf("a running backup lost its pins: %v", err)
