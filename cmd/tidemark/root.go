@@ -16,6 +16,8 @@ type globals struct {
 	repo  string
 	json  bool
 	quiet bool
+	show  progressFlag
+	bar   *progress // see there
 	pins  string
 	state string // directory
 
@@ -24,7 +26,7 @@ type globals struct {
 }
 
 func newRoot() *cobra.Command {
-	g := &globals{}
+	g := &globals{show: progressAuto}
 	root := &cobra.Command{
 		Use:   "tidemark",
 		Short: "Incremental backups and instant standbys of VMs, by tracking every write with eBPF",
@@ -48,6 +50,8 @@ mounted, exported over NBD and booted at once.`,
 	f.StringVar(&g.passphraseFile, "passphrase-file", "", "file whose first line is the passphrase of an encrypted repository (default $TIDEMARK_PASSPHRASE_FILE; or $TIDEMARK_PASSPHRASE itself)")
 	f.BoolVar(&g.json, "json", false, "print JSON")
 	f.BoolVarP(&g.quiet, "quiet", "q", false, "print errors only")
+	f.Var(&g.show, "progress", "how a long command shows how far it is: auto (a line, on a terminal), json (a JSON object per line on stderr, at most one a second), none")
+	_ = root.RegisterFlagCompletionFunc("progress", cobra.FixedCompletions([]string{progressAuto, progressJSON, progressNone}, cobra.ShellCompDirectiveNoFileComp))
 	f.StringVar(&g.pins, "pin-dir", "", "directory in bpffs where the tracker is pinned")
 	_ = f.MarkHidden("pin-dir")
 	f.StringVar(&g.state, "state-dir", defaultStateDir, "directory where suspend saves the tracking")
