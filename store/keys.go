@@ -55,12 +55,12 @@ type NewKey struct {
 	Public     PublicKey
 }
 
-var errNotEncrypted = fmt.Errorf("%w: the repository is not encrypted: it has no keys (a repository is encrypted when it is made, or never)", ErrInvalid)
+var errNoKeys = fmt.Errorf("%w: the repository is not encrypted: it has no keys (a repository is encrypted when it is made, or never)", ErrInvalid)
 
 // Keys lists the keys. It needs any key of the repository.
 func (r *Repo) Keys(ctx context.Context) (KeyList, error) {
 	if r.keys == nil {
-		return KeyList{}, errNotEncrypted
+		return KeyList{}, errNoKeys
 	}
 	if err := r.keys.refresh(ctx, r.blobs); err != nil {
 		return KeyList{}, err
@@ -231,7 +231,7 @@ func (r *Repo) RotateKeys(ctx context.Context) (uint32, error) {
 func (r *Repo) changeKeys(ctx context.Context, change func(*ring, *keyDoc) error) error {
 	k := r.keys
 	if k == nil {
-		return errNotEncrypted
+		return errNoKeys
 	}
 	if err := k.refresh(ctx, r.blobs); err != nil {
 		return err
@@ -312,7 +312,7 @@ func (r *reader) deleteKeyDocs(ctx context.Context, docs []listedDoc) error {
 // rotation for what comes after. It needs a full key; the file is as secret as all content.
 func (r *Repo) ExportKeys(ctx context.Context) (*KeyFile, error) {
 	if r.keys == nil {
-		return nil, errNotEncrypted
+		return nil, errNoKeys
 	}
 	if err := r.keys.refresh(ctx, r.blobs); err != nil {
 		return nil, err
@@ -328,7 +328,7 @@ func (r *Repo) ExportKeys(ctx context.Context) (*KeyFile, error) {
 // It needs a full key.
 func (r *Repo) Trust(k *KeyFile) error {
 	if r.keys == nil {
-		return errNotEncrypted
+		return errNoKeys
 	}
 	anchor, ok := r.keys.anchor()
 	if !ok {

@@ -22,7 +22,7 @@ const (
 	exitCorrupt     = 5   // damage was found
 	exitUnrecorded  = 6   // an audit found a change that was not recorded
 	exitNoAudit     = 7   // there is nothing an audit could compare with
-	exitKey         = 8   // no key, or one that may not do this
+	exitKey         = 8   // no key, or one that may not do this; or no encryption
 	exitInterrupted = 130 // by a signal
 )
 
@@ -47,7 +47,7 @@ func exitCode(ctx context.Context, err error) int {
 		return exitUnsupported
 	case errors.Is(err, bpf.ErrBusy), errors.Is(err, store.ErrLocked), errors.Is(err, restore.ErrBusy):
 		return exitBusy
-	case errors.Is(err, store.ErrKey), errors.Is(err, store.ErrWriterKey):
+	case errors.Is(err, store.ErrKey), errors.Is(err, store.ErrNotEncrypted), errors.Is(err, store.ErrWriterKey):
 		return exitKey
 	case errors.Is(err, store.ErrCorrupt), errors.Is(err, errProblems), errors.Is(err, restore.ErrReadBack):
 		return exitCorrupt
@@ -81,6 +81,7 @@ func message(err error) string {
 		{errNoQemuImg, "install it (Debian: qemu-utils), or restore to a raw file"},
 		{restore.ErrReadBack, "the target does not keep what is written to it: don't use it"},
 		{store.ErrWriterKey, "this needs a full key: see --key-file and --passphrase-file. A writer's key can make backups, list points and `verify --quick`"},
+		{store.ErrNotEncrypted, "if it was encrypted once, somebody changed its config or put another repository there: store nothing in it, and find out who. If it was made without encryption, open it without a key; delete its line if a file of known ones is named above"},
 		{store.ErrKey, "give the passphrase ($TIDEMARK_PASSPHRASE, --passphrase-file) or a key file (--key-file); `tidemark repo key list` shows which keys there are"},
 		{agent.ErrPauseBudget, "give more with --pause-budget, or run it when the guest writes less"},
 		{agent.ErrInUse, "name what can pause it with --quiesce qmp=SOCKET, freeze=DIR or pid=PID; or accept a point that shows no single instant with --allow-inconsistent"},

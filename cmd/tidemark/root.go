@@ -23,6 +23,7 @@ type globals struct {
 
 	keyFile        string
 	passphraseFile string
+	encrypted      bool // the repository must be
 }
 
 func newRoot() *cobra.Command {
@@ -48,6 +49,7 @@ mounted, exported over NBD and booted at once.`,
 	f.StringVarP(&g.repo, "repo", "r", os.Getenv("TIDEMARK_REPO"), "repository: a directory, or s3:BUCKET/PREFIX or s3:https://HOST/BUCKET/PREFIX (default $TIDEMARK_REPO)")
 	f.StringVar(&g.keyFile, "key-file", "", "key file of an encrypted repository (default $TIDEMARK_KEY_FILE)")
 	f.StringVar(&g.passphraseFile, "passphrase-file", "", "file whose first line is the passphrase of an encrypted repository (default $TIDEMARK_PASSPHRASE_FILE; or $TIDEMARK_PASSPHRASE itself)")
+	f.BoolVar(&g.encrypted, "encrypted", false, "refuse the repository if it says that it is not encrypted, as is done where a key is given or its passphrase was typed here before")
 	f.BoolVar(&g.json, "json", false, "print JSON")
 	f.BoolVarP(&g.quiet, "quiet", "q", false, "print errors only")
 	f.Var(&g.show, "progress", "how a long command shows how far it is: auto (a line, on a terminal), json (a JSON object per line on stderr, at most one a second), none")
@@ -135,7 +137,8 @@ func newExitCodes() *cobra.Command {
     5   damage was found in the repository
     6   ALARM: an audit found a change that the tracker had not recorded
     7   an audit had nothing to compare with: no point, or no tracking that goes on from it
-    8   the repository is encrypted, and no key was given that opens it or may do this
+    8   the repository is encrypted, and no key was given that opens it or may do this; or it
+        must be encrypted, and says that it is not
   130   interrupted by a signal`,
 	}
 }
