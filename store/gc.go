@@ -8,6 +8,8 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/tidemark/tidemark/store/blob"
 )
 
@@ -256,39 +258,65 @@ func (c *collection) choose(ctx context.Context) ([]candidate, error) {
 	if _, err := c.mark(ctx); err != nil {
 		return nil, err
 	}
+	looks := make([]look, len(c.packs))
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(maxRequests)
+	for i, p := range c.packs {
+		if gctx.Err() != nil {
+			break
+		}
+		c.o.Progress("looking at packs", int64(i), int64(len(c.packs)))
+		g.Go(func() (err error) {
+			looks[i], err = c.lookAt(gctx, p)
+			return err
+		})
+	}
+	if err := cmp.Or(g.Wait(), ctx.Err()); err != nil {
+		return nil, err
+	}
 	var out []candidate
 	c.report.Garbage, c.report.Damaged = 0, nil
-	for i, p := range c.packs {
-		c.o.Progress("looking at packs", int64(i), int64(len(c.packs)))
-		live := c.m.of(p.Pack)
-		if p.Generation < c.newest[p.Pack] || live.count() == 0 {
-			c.report.Garbage += p.size
-			out = append(out, candidate{p, 0, p.size})
-			continue
+	for _, l := range looks {
+		c.report.Garbage += l.dead
+		if l.damaged != "" {
+			c.report.Damaged = append(c.report.Damaged, l.damaged)
 		}
-		x, err := c.r.loadGeneration(ctx, p.Pack, p.Generation)
-		if errors.Is(err, ErrNotFound) {
-			continue // another collection is at it
-		}
-		var s division
-		if err == nil {
-			if s, err = divide(p.Pack, x, live); err != nil && !c.locked {
-				continue
-			}
-		}
-		if errors.Is(err, ErrCorrupt) {
-			c.report.Damaged = append(c.report.Damaged, err.Error())
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		c.report.Garbage += s.dead
-		if s.dead > 0 && s.garbage() >= c.o.Garbage {
-			out = append(out, candidate{p, s.live, s.dead})
+		if l.chosen {
+			out = append(out, l.candidate)
 		}
 	}
 	return out, nil
+}
+
+// look is what was found out about a pack.
+type look struct {
+	candidate
+	chosen  bool
+	damaged string // why it is left alone
+}
+
+func (c *collection) lookAt(ctx context.Context, p packObjectInfo) (look, error) {
+	live := c.m.of(p.Pack)
+	if p.Generation < c.newest[p.Pack] || live.count() == 0 {
+		return look{candidate: candidate{p, 0, p.size}, chosen: true}, nil
+	}
+	x, err := c.r.loadGeneration(ctx, p.Pack, p.Generation)
+	if errors.Is(err, ErrNotFound) {
+		return look{}, nil // another collection is at it
+	}
+	var s division
+	if err == nil {
+		if s, err = divide(p.Pack, x, live); err != nil && !c.locked {
+			return look{}, nil
+		}
+	}
+	if errors.Is(err, ErrCorrupt) {
+		return look{damaged: err.Error()}, nil
+	}
+	if err != nil {
+		return look{}, err
+	}
+	return look{candidate: candidate{p, s.live, s.dead}, chosen: s.dead > 0 && s.garbage() >= c.o.Garbage}, nil
 }
 
 func (c *collection) mark(ctx context.Context) ([]*sessionState, error) {
