@@ -78,10 +78,10 @@ bench-incremental: build ## an incremental beside restic, borg and a full compar
 	$(GO) build -o bin/incrbench ./test/bench/incrbench
 	bin/incrbench -tidemark bin/tidemark $(if $(BENCHDIR),-dir $(BENCHDIR)) $(BENCHFLAGS)
 
-bench-scale: build ## 1,000 points of a disk of 16 TiB: requests, metadata, memory (BENCHFLAGS=)
+bench-scale: ## 1,000 points of a disk of 16 TiB: requests, metadata, memory, garbage collection (BENCHFLAGS=; -s3 with bin/versitygw)
 	mkdir -p bin
 	$(GO) build -o bin/scalebench ./test/bench/scalebench
-	bin/scalebench -tidemark bin/tidemark $(BENCHFLAGS)
+	bin/scalebench $(BENCHFLAGS)
 
 bench-repository: build ## a full backup, its repository, restore and random reads beside restic, borg and cp (BENCHDIR=, BENCHFLAGS=)
 	test/deps.sh run bench
