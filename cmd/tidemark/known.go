@@ -38,7 +38,7 @@ func knownAs(where string) (string, error) {
 func isKnownEncrypted(where string) (bool, error) {
 	name, err := knownEncrypted()
 	if err != nil {
-		return false, nil //nolint:nilerr // nobody's home: nothing was remembered
+		return false, nil // no home: nothing was remembered
 	}
 	f, err := os.Open(name)
 	if errors.Is(err, fs.ErrNotExist) {
