@@ -27,6 +27,7 @@ func (p *preloads) Preload(_ context.Context, name string, off, n int64) error {
 
 func TestWindowsThatAreReadInManyPlacesArePreloadedOnce(t *testing.T) {
 	r := testRepo(t)
+	r.dataPackLen = dataPackLen
 	image := noise(1, 40*k64)
 	p := backup(t, r, DiskOptions{Size: int64(len(image))}, write{0, image})
 	// What is told ahead is a favour: its failure is nobody's.
