@@ -59,7 +59,7 @@ func (p *power) step(root string, s blob.Step) error {
 			p.changes = append(p.changes, change{path: s.Path})
 		}
 	case blob.StepUnlink:
-		kept := filepath.Join(root, fmt.Sprintf(".deleted-%d", p.stashed))
+		kept := filepath.Join(root, fmt.Sprintf(".deleted-%d-%d", os.Getpid(), p.stashed))
 		p.stashed++
 		if err := os.Link(s.Path, kept); err != nil {
 			if os.IsNotExist(err) {
