@@ -652,12 +652,15 @@ func fixedNames(t *testing.T, r *Repo) []string {
 }
 
 // ended is called when the operation was ended somewhere: what was acknowledged holds, the operation comes to its end,
-// a collection finds what is left, and the next backup goes on.
-func (s *stage) ended(t *testing.T, location string, said []string, again func() []string) {
+// a collection finds what is left, and the next backup goes on; the last two in the folder, where they are quick.
+func (s *stage) ended(t *testing.T, location, folder string, said []string, again func() []string) {
 	t.Helper()
 	s.check(t, location, said, false)
 	said = append(said, again()...)
-	r := s.open(t, location)
+	if !slices.Contains(said, "done") {
+		t.Fatalf("once more: %v", said)
+	}
+	r := s.open(t, folder)
 	collectLater(t, r)
 	s.wantJustWhatIsNeeded(t, r)
 	if fixed := fixedNames(t, r); s.fixed == nil {
@@ -665,13 +668,13 @@ func (s *stage) ended(t *testing.T, location string, said []string, again func()
 	} else if !slices.Equal(fixed, s.fixed) {
 		t.Errorf("at the end there are %v, not %v", fixed, s.fixed)
 	}
-	s.check(t, location, said, true)
+	s.check(t, folder, said, true)
 	p, err := crashBackup(t.Context(), r)
 	if err != nil {
 		t.Fatalf("the next backup: %v", err)
 	}
 	if !s.op.damaged {
-		wantDisk(t, s.open(t, location), p, imageOf(p))
+		wantDisk(t, s.open(t, folder), p, imageOf(p))
 	}
 }
 
@@ -679,7 +682,8 @@ func (s *stage) ended(t *testing.T, location string, said []string, again func()
 type backend struct {
 	name   string
 	losses []faultblob.Loss
-	fork   func(t *testing.T, from string) (location string, drop func())
+	// fork also tells the folder of the copy's files, whatever serves them.
+	fork func(t *testing.T, from string) (location, folder string, drop func())
 }
 
 // forkFiles makes a repository's objects those of another folder as well.
@@ -707,24 +711,24 @@ func forkFiles(t *testing.T, from, to string) {
 }
 
 func inFolder(name string, losses ...faultblob.Loss) backend {
-	return backend{name, losses, func(t *testing.T, from string) (string, func()) {
+	return backend{name, losses, func(t *testing.T, from string) (string, string, func()) {
 		to, err := os.MkdirTemp(t.TempDir(), "")
 		if err != nil {
 			t.Fatal(err)
 		}
 		forkFiles(t, from, to)
-		return to, func() { _ = os.RemoveAll(to) }
+		return to, to, func() { _ = os.RemoveAll(to) }
 	}}
 }
 
 var onServerNumber atomic.Int64
 
 func onServer(srv *s3test.Server) backend {
-	return backend{"s3", faultblob.Losses()[:1], func(t *testing.T, from string) (string, func()) {
+	return backend{"s3", faultblob.Losses()[:1], func(t *testing.T, from string) (string, string, func()) {
 		name := fmt.Sprintf("fork%d", onServerNumber.Add(1))
 		to := filepath.Join(srv.Dir, s3test.Bucket, name)
 		forkFiles(t, from, to)
-		return "s3:" + srv.Endpoint + "/" + s3test.Bucket + "/" + name, func() { _ = os.RemoveAll(to) }
+		return "s3:" + srv.Endpoint + "/" + s3test.Bucket + "/" + name, to, func() { _ = os.RemoveAll(to) }
 	}}
 }
 
@@ -763,7 +767,7 @@ func TestOperationsKilled(t *testing.T) {
 func killOperation(t *testing.T, s *stage, where backend) {
 	args := slices.Clone(s.args)
 	if s.from != nil {
-		from, _ := where.fork(t, s.from.Location())
+		from, _, _ := where.fork(t, s.from.Location())
 		args[0] = from
 	}
 	run := func(t *testing.T, at int64, location string) faultblob.Outcome {
@@ -771,7 +775,7 @@ func killOperation(t *testing.T, s *stage, where backend) {
 		loss := where.losses[at%int64(len(where.losses))]
 		return faultblob.Run(t, at, "operation", append([]string{s.op.name, string(loss), location}, args...)...)
 	}
-	location, drop := where.fork(t, s.repo.Location())
+	location, folder, drop := where.fork(t, s.repo.Location())
 	dry := run(t, 0, location)
 	if dry.Moments < s.op.changes {
 		t.Fatalf("%d moments: the operation does too little", dry.Moments)
@@ -780,19 +784,19 @@ func killOperation(t *testing.T, s *stage, where backend) {
 	if s.op.damaged && (len(s.badAfter) == 0 || len(s.badAfter) > len(s.bad)-10) {
 		t.Fatalf("%d grains are unreadable, %d were", len(s.badAfter), len(s.bad))
 	}
-	s.ended(t, location, dry.Said, func() []string { return run(t, 0, location).Said })
+	s.ended(t, location, folder, dry.Said, func() []string { return run(t, 0, location).Said })
 	drop()
 	killed, began := 0, time.Now()
 	moments := someMoments(dry.Moments, 2)
 	for _, at := range moments {
 		t.Run(fmt.Sprint(at), func(t *testing.T) {
-			location, drop := where.fork(t, s.repo.Location())
+			location, folder, drop := where.fork(t, s.repo.Location())
 			defer drop()
 			o := run(t, at, location)
 			if o.Killed != "" {
 				killed++
 			}
-			s.ended(t, location, o.Said, func() []string { return run(t, 0, location).Said })
+			s.ended(t, location, folder, o.Said, func() []string { return run(t, 0, location).Said })
 			if t.Failed() {
 				t.Logf("killed at %s; said: %v", cmp.Or(o.Killed, "its end"), o.Said)
 			}
@@ -804,5 +808,78 @@ func killOperation(t *testing.T, s *stage, where backend) {
 	t.Logf("killed at %d of %d moments, %d grains unreadable, %d at the end: %v", killed, dry.Moments, len(s.bad), len(s.badAfter), time.Since(began).Round(time.Second))
 	if killed < len(moments)-1-len(moments)/20 {
 		t.Errorf("only %d of %d children were killed", killed, len(moments))
+	}
+}
+
+// TestOperationsOverFaultyStorage does each operation, but backups, over storage that fails: what fails says so and is no damage. What it
+// leaves is as good as what a killed one does.
+func TestOperationsOverFaultyStorage(t *testing.T) {
+	random := below(func(seed uint64) faultblob.Handler {
+		return faultblob.All(faultblob.Delays(seed, time.Millisecond), faultblob.Random(seed, 150))
+	})
+	type storage struct {
+		backend
+		open faultyOpen
+		must bool // fail, now and then
+	}
+	all := []storage{{inFolder("folder, random in disorder"), random, true}, {inFolder("folder, failing disk"), openFailingDisk, true}}
+	if _, err := s3test.Find(); err == nil {
+		srv := onServer(s3test.Start(t))
+		for _, over := range []storage{{srv, random, true}, {srv, overBadNetwork(20, time.Minute), false}, {srv, overBadNetwork(60, time.Nanosecond), true}} {
+			over.name += ", " + []string{"random in disorder", "bad network", "bad network, no patience"}[len(all)-2]
+			all = append(all, over)
+		}
+	} else {
+		t.Log(`SKIP: no S3 server: build it with "make bin/versitygw"`)
+	}
+	for _, over := range all {
+		t.Run(over.name, func(t *testing.T) {
+			t.Parallel()
+			failed, runs := 0, 0
+			for _, op := range operations()[2:] {
+				s := newStage(t, op)
+				for seed := range uint64(2) {
+					location, folder, drop := over.fork(t, s.repo.Location())
+					var said []string
+					do := func(open faultyOpen) error {
+						opened := func(location string) (*Repo, error) {
+							return openSmall(t.Context(), open(t, location, seed+1), location)
+						}
+						r, err := opened(location)
+						if err != nil {
+							return err
+						}
+						defer func() { _ = r.Close() }()
+						err = op.do(t.Context(), &actor{r, opened, s.args, func(what string) { said = append(said, what) }})
+						if err == nil {
+							said = append(said, "done")
+						}
+						return err
+					}
+					runs++
+					if err := do(over.open); err != nil {
+						failed++
+						wantNoDamage(t, err)
+						if !over.must {
+							t.Errorf("%s, seed %d: %v", op.name, seed, err)
+						}
+					}
+					s.ended(t, location, folder, said, func() []string {
+						if err := do(func(t *testing.T, location string, _ uint64) blob.Store { return openPlain(t, location) }); err != nil {
+							t.Fatalf("%s, once more: %v", op.name, err)
+						}
+						return said
+					})
+					drop()
+					if t.Failed() {
+						t.Fatalf("%s, seed %d", op.name, seed)
+					}
+				}
+			}
+			t.Logf("%d of %d operations failed", failed, runs)
+			if over.must && failed == 0 {
+				t.Error("nothing failed")
+			}
+		})
 	}
 }

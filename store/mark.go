@@ -113,7 +113,8 @@ func (m *marker) roots(ctx context.Context, roots []rootRef) error {
 	g.SetLimit(2 * runtime.GOMAXPROCS(0))
 	for _, root := range roots {
 		if err := m.node(ctx, g, root.Ref, int(root.Level)); err != nil {
-			return errors.Join(err, g.Wait())
+			g.Go(func() error { return err }) // not in the way of what cancelled it
+			break
 		}
 	}
 	return g.Wait()
