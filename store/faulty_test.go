@@ -49,6 +49,9 @@ func overBadNetwork(oneIn int, patience time.Duration) faultyOpen {
 		if err != nil {
 			t.Fatal(err)
 		}
+		if p.dir != "" {
+			return openPlain(t, location)
+		}
 		w := s3test.NewNetwork(s3test.Randomly(seed, oneIn))
 		b, err := s3.Open(t.Context(), p.s3, s3.Options{Wrap: w.Wrap, RetryFor: patience})
 		if err != nil {
