@@ -52,10 +52,10 @@ func everyKind(t *testing.T, r *Repo) (points []*Point, images [][]byte) {
 		t.Fatal(err)
 	}
 	wide := noise(3, 20*4096)
-	const size = 70 << 20
+	const size = 5 << 20
 	var spread []write
 	for g := range 20 {
-		spread = append(spread, write{int64(g) * 3 << 20, wide[g*4096:][:4096]})
+		spread = append(spread, write{int64(g) << 18, wide[g*4096:][:4096]})
 	}
 	before := backupOf(t, r, "a", size, spread...)
 	spread[0].p = noise(4, 4096)
@@ -136,7 +136,7 @@ func TestDamageOfEveryKindOfObject(t *testing.T) {
 		byKind[kind] = append(byKind[kind], name)
 	}
 	want := []string{
-		"config", "damaged", "gc", "gc done", "gc wait", "grain pack", "grain pack, later generation", "node pack", "node pack, later generation",
+		"config", "damaged", "gc", "gc done", "gc wait", "data pack", "data pack, later generation", "node pack", "node pack, later generation",
 		"partial", "pins", "points", "salvage", "sessions", "sessions done", "sessions end",
 	}
 	if testEncrypted {
