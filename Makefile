@@ -115,8 +115,10 @@ vmtest-files: ## image files on ext4, xfs and btrfs under a Debian kernel in QEM
 	  $(foreach t,fio losetup sfdisk partx blkdiscard dmsetup mkfs.ext4 mkfs.xfs mkfs.btrfs xfs_io chattr,-tool $$(PATH=$$PATH:/usr/sbin:/sbin command -v $t)) \
 	  bin/cbt.test -test.v -test.run '^TestFile' -test.timeout 60m -- bin/agent.test -test.v -test.run 'Image' -test.timeout 15m
 
-crash: ## kill -9 at every moment of a backup, resumed and not, in a folder and on S3, plain and encrypted: 15 minutes
-	TIDEMARK_TEST_EVERY_MOMENT=1 $(GO) test -count 1 -timeout 1h -v -run 'Killed|AfterKill|EncryptedRepositories' ./store
+# Each operation of store/killed_test.go; TIDEMARK_TEST_ENCRYPTED makes all repositories of the tests encrypted. OPERATIONS=regexp picks some.
+crash: ## kill -9 and power failures at every moment of every operation that changes a repository, in a folder and on S3, plain and encrypted: 1 hour (OPERATIONS=)
+	TIDEMARK_TEST_EVERY_MOMENT=1 $(GO) test -count 1 -timeout 3h -v -run 'Killed/$(OPERATIONS)' ./store
+	TIDEMARK_TEST_EVERY_MOMENT=1 TIDEMARK_TEST_ENCRYPTED=1 $(GO) test -count 1 -timeout 3h -v -run 'Killed/$(OPERATIONS)' ./store
 
 model: ## Spin: epochs and garbage collection keep their properties, broken variants do not
 	test/deps.sh model

@@ -138,6 +138,24 @@ func (r *Repo) damageObjects(ctx context.Context, prefix string) (map[PointName]
 	return found, nil
 }
 
+// dropStaleDamage is as damageObjects, and deletes the notes of points that are gone.
+func (r *Repo) dropStaleDamage(ctx context.Context, prefix string) (map[PointName]uint32, error) {
+	noted, err := r.damageObjects(ctx, prefix)
+	if err != nil {
+		return nil, err
+	}
+	for n := range noted {
+		there, err := r.exists(ctx, r.pointObject(n))
+		if err == nil && !there {
+			err = r.dropDamage(ctx, n, 0)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	return noted, nil
+}
+
 // Damages returns which of a VM's points are known to be damaged, by [Repo.Repair]. A note that is damaged
 // itself still says that its point is. It costs one listing, and one read for each.
 func (r *Repo) Damages(ctx context.Context, vm string) (map[PointName]Damage, error) {

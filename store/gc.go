@@ -162,7 +162,13 @@ func (c *collection) run(ctx context.Context) error {
 			return err
 		}
 	}
-	return cmp.Or(c.dropPartials(ctx), c.dropSessions(ctx))
+	return cmp.Or(c.dropPartials(ctx), c.dropNotes(ctx), c.dropSessions(ctx))
+}
+
+// dropNotes deletes what is noted of the damage to points that are gone: whoever forgot them was interrupted.
+func (c *collection) dropNotes(ctx context.Context) error {
+	_, err := c.repo.dropStaleDamage(ctx, damagePrefix)
+	return err
 }
 
 // dropPartials deletes checkpoints that no backup will go on from. A backup that is at one now does not need
@@ -174,11 +180,11 @@ func (c *collection) dropPartials(ctx context.Context) error {
 
 // look is a run that changes nothing.
 func (c *collection) look(ctx context.Context) error {
-	over, err := c.overSessions(ctx)
+	over, lost, err := c.overSessions(ctx)
 	if err != nil {
 		return err
 	}
-	for _, s := range over { // a run would delete them first
+	for _, s := range append(over, lost...) { // a run would delete them first, or give them up
 		c.m.pointless[s.name] = true
 	}
 	if err := c.list(ctx); err != nil {
@@ -434,11 +440,8 @@ func (c *collection) open(ctx context.Context, v *verdict) ([]string, error) {
 			continue
 		}
 		if s.isLost(c.now(), c.o.Patience) {
-			if err := c.repo.giveUp(ctx, s); err != nil {
+			if err := c.giveUp(ctx, s); err != nil {
 				return nil, err
-			}
-			if s.end.How == endGivenUp {
-				c.report.GivenUp = append(c.report.GivenUp, s.name)
 			}
 			continue
 		}
@@ -577,14 +580,19 @@ func (c *collection) sizeOf(ctx context.Context, p packAt) (int64, error) {
 	return info.Size, err
 }
 
-// dropSessions deletes what is over of sessions. Not while a document of a collection is in force: one that
+// dropSessions gives up the sessions that are surely lost, and deletes what is over of sessions. That not while a document of a collection is in force: one that
 // marks now may have missed the point of such a session, and must see the session.
 // What is deleted here had its point published before a document was looked for, so before one
 // that is made later.
 func (c *collection) dropSessions(ctx context.Context) error {
-	over, err := c.overSessions(ctx)
+	over, lost, err := c.overSessions(ctx)
 	if err != nil {
 		return err
+	}
+	for _, s := range lost {
+		if err := c.giveUp(ctx, s); err != nil {
+			return err
+		}
 	}
 	vs, err := c.repo.verdicts(ctx)
 	if err != nil {
@@ -603,21 +611,35 @@ func (c *collection) dropSessions(ctx context.Context) error {
 	return nil
 }
 
-// overSessions lists the sessions that protect nothing any more.
-func (c *collection) overSessions(ctx context.Context) ([]*sessionState, error) {
+// overSessions lists the sessions that protect nothing any more, and those that are open and need no patience
+// to be given up: what their parents' maps hold would stay for as long as nothing else is garbage.
+func (c *collection) overSessions(ctx context.Context) (over, lost []*sessionState, err error) {
 	sessions, err := c.repo.sessions(ctx)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	var over []*sessionState
 	for _, s := range sessions {
 		ok, err := s.isOver(ctx, c.now(), c.repo.exists)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
-		if ok {
+		switch {
+		case ok:
 			over = append(over, s)
+		case s.isOpen() && s.isLost(c.now(), 0):
+			lost = append(lost, s)
 		}
 	}
-	return over, nil
+	return over, lost, nil
+}
+
+// giveUp ends an open session, and reports it unless its writer was first.
+func (c *collection) giveUp(ctx context.Context, s *sessionState) error {
+	if err := c.repo.giveUp(ctx, s); err != nil {
+		return err
+	}
+	if s.end.How == endGivenUp {
+		c.report.GivenUp = append(c.report.GivenUp, s.name)
+	}
+	return nil
 }

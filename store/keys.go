@@ -227,7 +227,8 @@ func (r *Repo) RotateKeys(ctx context.Context) (uint32, error) {
 }
 
 // changeKeys puts a keys document with what change made of a copy of the newest one and of the ring,
-// and deletes the documents before it. That the new object is there is the change.
+// and deletes the documents before it. That the new object is there is the change. What an interrupted one
+// left is deleted first, whatever becomes of this one.
 func (r *Repo) changeKeys(ctx context.Context, change func(*ring, *keyDoc) error) error {
 	k := r.keys
 	if k == nil {
@@ -251,6 +252,11 @@ func (r *Repo) changeKeys(ctx context.Context, change func(*ring, *keyDoc) error
 		d = old.keyDoc
 		if d.Generation > s.newest.number {
 			return fmt.Errorf("%w: the exported keys are older than the last rotation", ErrKey)
+		}
+		// What a change left that was interrupted: made again, it may find nothing to do.
+		stale := slices.DeleteFunc(slices.Clone(docs), func(o listedDoc) bool { return o.number >= d.Number })
+		if err := r.deleteKeyDocs(ctx, stale); err != nil {
+			return err
 		}
 	case k.opener != nil || !errors.Is(err, ErrCorrupt):
 		return err
