@@ -32,10 +32,11 @@ var errStopped = errors.New("server stopped")
 // it reads the requests and executes those that are quick. Workers, which it
 // starts and waits for, execute the others.
 type conn struct {
-	srv *Server
-	nc  net.Conn
-	in  input
-	out *output
+	srv    *Server
+	nc     net.Conn
+	client Client
+	in     input
+	out    *output
 
 	stopping atomic.Bool
 
@@ -59,7 +60,7 @@ type conn struct {
 }
 
 func newConn(s *Server, nc net.Conn) *conn {
-	c := &conn{srv: s, nc: nc, out: newOutput(nc, or(s.WriteTimeout, DefaultWriteTimeout))}
+	c := &conn{srv: s, nc: nc, client: clientOf(nc), out: newOutput(nc, or(s.WriteTimeout, DefaultWriteTimeout))}
 	c.in = input{from: nc, buf: make([]byte, handshakeBuffer), before: c.flush}
 	return c
 }

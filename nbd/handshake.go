@@ -175,8 +175,8 @@ func (n *negotiation) refuse(option, kind uint32, message string) {
 	n.reply(option, kind, []byte(message))
 }
 
-// refuseLookup answers for an export that could not be had.
-func (n *negotiation) refuseLookup(option uint32, err error) {
+// refuseOpen answers for an export that could not be had.
+func (n *negotiation) refuseOpen(option uint32, err error) {
 	if errors.Is(err, ErrUnknownExport) {
 		n.refuse(option, repErrUnknown, "no such export")
 		return
@@ -190,7 +190,7 @@ func (n *negotiation) exportName(ctx context.Context, name string) (outcome, err
 	if !validString(name) {
 		return haggling, fmt.Errorf("%w: bad export name", ErrProtocol)
 	}
-	e, err := lookup(ctx, n.srv.Exports, name)
+	e, err := open(ctx, n.srv.Exports, n.client, name)
 	if err != nil {
 		return haggling, err
 	}
@@ -218,9 +218,9 @@ func (n *negotiation) info(ctx context.Context, option uint32, data []byte) (out
 		n.refuse(option, repErrShutdown, "server is shutting down")
 		return haggling, nil
 	}
-	e, err := lookup(ctx, n.srv.Exports, name)
+	e, err := open(ctx, n.srv.Exports, n.client, name)
 	if err != nil {
-		n.refuseLookup(option, err)
+		n.refuseOpen(option, err)
 		return haggling, nil
 	}
 	if option == optGo {
@@ -289,7 +289,7 @@ func (n *negotiation) list(ctx context.Context, data []byte) error {
 		n.refuse(optList, repErrInvalid, "option takes no data")
 		return nil
 	}
-	exports, err := n.srv.Exports.List(ctx)
+	exports, err := n.srv.Exports.List(ctx, n.client)
 	if err != nil {
 		n.srv.logger().Error("nbd: list of exports", "error", err)
 		n.refuse(optList, repErrPolicy, "list is not available")

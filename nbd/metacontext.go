@@ -26,9 +26,9 @@ func (n *negotiation) metaContext(ctx context.Context, option uint32, data []byt
 		n.refuse(option, repErrInvalid, "malformed option")
 		return
 	}
-	e, err := lookup(ctx, n.srv.Exports, name)
+	e, err := open(ctx, n.srv.Exports, n.client, name)
 	if err != nil {
-		n.refuseLookup(option, err)
+		n.refuseOpen(option, err)
 		return
 	}
 	e.release()

@@ -95,7 +95,7 @@ func (s *Server) accept(ctx, work context.Context, l net.Listener, g *group) err
 		pause = 0
 		if s.conns.Add(1) > int64(or(s.MaxConnections, DefaultMaxConnections)) {
 			s.conns.Add(-1)
-			s.logger().Warn("nbd: too many connections, client turned away", "client", nc.RemoteAddr())
+			s.logger().Warn("nbd: too many connections, client turned away", "client", clientOf(nc))
 			_ = nc.Close()
 			continue
 		}
@@ -105,7 +105,7 @@ func (s *Server) accept(ctx, work context.Context, l net.Listener, g *group) err
 			defer s.conns.Add(-1)
 			defer g.done(c)
 			if err := c.serve(work); err != nil {
-				s.logger().Info("nbd: connection ended", "client", nc.RemoteAddr(), "error", err)
+				s.logger().Info("nbd: connection ended", "client", c.client, "error", err)
 			}
 		}()
 	}
