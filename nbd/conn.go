@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -42,8 +43,8 @@ type conn struct {
 
 	// What the handshake agreed on; constant afterwards.
 	export     Export
-	structured bool // structured replies
-	status     bool // the context base:allocation
+	headers    headers
+	contexts   []*statusContext // selected, by ID from 1 on
 	size       int64
 	flags      uint16 // transmission flags
 	disk       restore.Disk
@@ -65,10 +66,28 @@ func newConn(s *Server, nc net.Conn) *conn {
 	return c
 }
 
-// stop makes the connection end after what it is doing.
+// shutdownGrace is for how long a client is told that the server stops, once its
+// requests in progress are answered, before it is hung up on.
+const shutdownGrace = 200 * time.Millisecond
+
+// stop makes the connection end after what it is doing. What still comes
+// meanwhile is refused.
 func (c *conn) stop() {
 	c.stopping.Store(true)
-	_ = c.nc.SetReadDeadline(time.Unix(1, 0)) // only fails if it is closed already
+	_ = c.nc.SetReadDeadline(time.Now().Add(shutdownGrace)) // only fails if it is closed already
+}
+
+// stopped tells whether err, which reading returned, means that the server stops
+// and nothing is in progress any more.
+func (c *conn) stopped(err error) (ended, again bool) {
+	if !c.stopping.Load() || !errors.Is(err, os.ErrDeadlineExceeded) {
+		return false, false
+	}
+	if len(c.slots) == 0 {
+		return true, false
+	}
+	c.stop() // for as long as workers are busy, at most the server's DrainTimeout
+	return false, true
 }
 
 // abort cuts the connection off.
@@ -86,7 +105,12 @@ func (c *conn) serve(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	defer func() { c.export.release() }()
+	defer func() {
+		for _, s := range c.contexts {
+			s.release()
+		}
+		c.export.release()
+	}()
 	chosen, err := c.handshake(ctx)
 	if err != nil {
 		if errors.Is(err, io.EOF) { // port scanners, and clients that only list

@@ -33,6 +33,15 @@ type Export struct {
 	Disk     restore.Disk
 	ReadOnly bool
 
+	// Moving tells that the name may lead to another disk when it is opened
+	// again, as "latest" does. Clients are told to use one connection then.
+	Moving bool
+
+	// History, unless nil, leads to older states of Disk. What differs from
+	// one of them is the metadata context qemu:dirty-bitmap:NAME, if Disk is a
+	// [restore.Differ].
+	History History
+
 	// Release, unless nil, is called once for every successful Open, after
 	// the last use of Disk.
 	Release func()
@@ -71,6 +80,21 @@ type Exports interface {
 
 	// List names all exports that this client may know of.
 	List(ctx context.Context, client Client) ([]Listing, error)
+}
+
+// ErrUnknownPast is wrapped when a [History] has no state of a name.
+var ErrUnknownPast = errors.New("unknown state of the disk")
+
+// History finds older states of a disk by name, UTF-8 without NUL. Many connections
+// may use one at the same time, until the export is released.
+type History interface {
+	// List names those that clients are shown, a thousand or so at most.
+	List(ctx context.Context) ([]string, error)
+
+	// Open opens the one of this name, listed or not; the error wraps
+	// [ErrUnknownPast] if there is none. release is called once, after the last
+	// use of the disk.
+	Open(ctx context.Context, name string) (d restore.Disk, release func(), err error)
 }
 
 // FastZeroer is implemented by writable disks that know when Zero is faster
