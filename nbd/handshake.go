@@ -91,6 +91,9 @@ type negotiation struct {
 
 // option reads and answers one option. Section "Option types".
 func (n *negotiation) option(ctx context.Context, option, length uint32) (outcome, error) {
+	if n.needsTLS(option) && option == optExportName {
+		return haggling, ErrTLSRequired
+	}
 	if length > maxOption {
 		if length > maxOptionSkip || option == optExportName {
 			return haggling, fmt.Errorf("%w: option %d of %d bytes", ErrProtocol, option, length)
@@ -102,6 +105,8 @@ func (n *negotiation) option(ctx context.Context, option, length uint32) (outcom
 		case option == optAbort:
 			n.reply(option, repAck, nil)
 			return left, nil
+		case n.needsTLS(option):
+			n.refuseWithoutTLS(option)
 		case !knownOption(option):
 			n.reply(option, repErrUnsupported, nil)
 		default:
@@ -118,6 +123,10 @@ func (n *negotiation) option(ctx context.Context, option, length uint32) (outcom
 		}
 		data = append(data, p...)
 		n.in.skip(len(p))
+	}
+	if n.needsTLS(option) {
+		n.refuseWithoutTLS(option)
+		return haggling, nil
 	}
 
 	switch option {
@@ -140,12 +149,7 @@ func (n *negotiation) option(ctx context.Context, option, length uint32) (outcom
 	case optSetMetaContext, optListMetaContext:
 		n.metaContext(ctx, option, data)
 	case optStartTLS:
-		// Section "NOTLS mode": the option is not implemented at all.
-		if len(data) > 0 {
-			n.refuse(option, repErrInvalid, "option takes no data")
-			break
-		}
-		n.refuse(option, repErrUnsupported, "this server has no TLS")
+		return haggling, n.startTLS(ctx, data)
 	default:
 		n.reply(option, repErrUnsupported, nil)
 	}
@@ -178,7 +182,11 @@ func (n *negotiation) refuse(option, kind uint32, message string) {
 // refuseOpen answers for an export that could not be had.
 func (n *negotiation) refuseOpen(option uint32, err error) {
 	if errors.Is(err, ErrUnknownExport) {
-		n.refuse(option, repErrUnknown, "no such export")
+		why := "no such export"
+		if n.srv.TLS != nil && !n.client.TLS {
+			why += " for clients without TLS" // for whatever name: it is no hint
+		}
+		n.refuse(option, repErrUnknown, why)
 		return
 	}
 	n.srv.logger().Error("nbd: export not available", "error", err)
