@@ -35,6 +35,7 @@ var errStopped = errors.New("server stopped")
 type conn struct {
 	srv    *Server
 	nc     net.Conn
+	bye    func() error // closes nc, with TLS's last words
 	client Client
 	in     input
 	out    *output
@@ -62,6 +63,7 @@ type conn struct {
 
 func newConn(s *Server, nc net.Conn) *conn {
 	c := &conn{srv: s, nc: nc, client: clientOf(nc), out: newOutput(nc, or(s.WriteTimeout, DefaultWriteTimeout))}
+	c.bye = nc.Close
 	c.in = input{from: nc, buf: make([]byte, handshakeBuffer), before: c.flush}
 	return c
 }
@@ -96,7 +98,7 @@ func (c *conn) abort() { _ = c.nc.Close() }
 // serve runs the connection to its end. The error says what was wrong, nil
 // after an orderly end. It closes the connection and waits for its workers.
 func (c *conn) serve(ctx context.Context) error {
-	defer func() { _ = c.nc.Close() }() // errors of the stream were seen before
+	defer func() { _ = c.bye() }() // errors of the stream were seen before
 	if err := c.nc.SetReadDeadline(time.Now().Add(or(c.srv.HandshakeTimeout, DefaultHandshakeTimeout))); err != nil {
 		return err
 	}

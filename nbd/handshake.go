@@ -89,6 +89,9 @@ type negotiation struct {
 
 // option reads and answers one option. Section "Option types".
 func (n *negotiation) option(ctx context.Context, option, length uint32) (outcome, error) {
+	if n.needsTLS(option) && option == optExportName {
+		return haggling, ErrTLSRequired
+	}
 	if length > maxOption {
 		if length > maxOptionSkip || option == optExportName {
 			return haggling, fmt.Errorf("%w: option %d of %d bytes", ErrProtocol, option, length)
@@ -100,6 +103,8 @@ func (n *negotiation) option(ctx context.Context, option, length uint32) (outcom
 		case option == optAbort:
 			n.reply(option, repAck, nil)
 			return left, nil
+		case n.needsTLS(option):
+			n.refuseWithoutTLS(option)
 		case !knownOption(option):
 			n.reply(option, repErrUnsupported, nil)
 		default:
@@ -116,6 +121,10 @@ func (n *negotiation) option(ctx context.Context, option, length uint32) (outcom
 		}
 		data = append(data, p...)
 		n.in.skip(len(p))
+	}
+	if n.needsTLS(option) {
+		n.refuseWithoutTLS(option)
+		return haggling, nil
 	}
 
 	if n.stopping.Load() && option != optAbort {
@@ -156,12 +165,7 @@ func (n *negotiation) option(ctx context.Context, option, length uint32) (outcom
 	case optSetMetaContext, optListMetaContext:
 		n.metaContext(ctx, option, data)
 	case optStartTLS:
-		// Section "NOTLS mode": the option is not implemented at all.
-		if len(data) > 0 {
-			n.refuse(option, repErrInvalid, "option takes no data")
-			break
-		}
-		n.refuse(option, repErrUnsupported, "this server has no TLS")
+		return haggling, n.startTLS(ctx, data)
 	default:
 		n.reply(option, repErrUnsupported, nil)
 	}
@@ -194,7 +198,11 @@ func (n *negotiation) refuse(option, kind uint32, message string) {
 // refuseOpen answers for an export that could not be had.
 func (n *negotiation) refuseOpen(option uint32, err error) {
 	if errors.Is(err, ErrUnknownExport) {
-		n.refuse(option, repErrUnknown, "no such export")
+		why := "no such export"
+		if n.srv.TLS != nil && !n.client.TLS {
+			why += " for clients without TLS" // for whatever name: it is no hint
+		}
+		n.refuse(option, repErrUnknown, why)
 		return
 	}
 	n.srv.logger().Error("nbd: export not available", "error", err)

@@ -25,6 +25,8 @@ const (
 // MaxConnections.
 type Server struct {
 	Exports Exports
+	// TLS says how connections are encrypted; nil: they are not (NOTLS).
+	TLS *TLS
 
 	// HandshakeTimeout is how long a client may take to choose an export.
 	HandshakeTimeout time.Duration
