@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -55,6 +54,7 @@ type conn struct {
 
 	batch    []byte // replies of the connection's goroutine, not sent yet
 	workers  sync.WaitGroup
+	busy     atomic.Int64        // running workers
 	slots    chan struct{}       // one per running worker
 	budget   *semaphore.Weighted // bytes of buffers that workers hold
 	inFlight int64               // size of budget
@@ -68,28 +68,19 @@ func newConn(s *Server, nc net.Conn) *conn {
 	return c
 }
 
-// shutdownGrace is for how long a client is told that the server stops, once its
-// requests in progress are answered, before it is hung up on.
+// shutdownGrace is for how long clients are told that the server stops before they
+// are hung up on.
 const shutdownGrace = 200 * time.Millisecond
 
-// stop makes the connection end after what it is doing. What still comes
-// meanwhile is refused.
-func (c *conn) stop() {
-	c.stopping.Store(true)
-	_ = c.nc.SetReadDeadline(time.Now().Add(shutdownGrace)) // only fails if it is closed already
-}
+// stop makes the connection refuse what still comes.
+func (c *conn) stop() { c.stopping.Store(true) }
 
-// stopped tells whether err, which reading returned, means that the server stops
-// and nothing is in progress any more.
-func (c *conn) stopped(err error) (ended, again bool) {
-	if !c.stopping.Load() || !errors.Is(err, os.ErrDeadlineExceeded) {
-		return false, false
+// stopReading ends the connection after what it is doing, unless workers are busy: then
+// it goes on to refuse what comes, and is asked again.
+func (c *conn) stopReading() {
+	if c.busy.Load() == 0 {
+		_ = c.nc.SetReadDeadline(time.Unix(1, 0)) // only fails if it is closed already
 	}
-	if len(c.slots) == 0 {
-		return true, false
-	}
-	c.stop() // for as long as workers are busy, at most the server's DrainTimeout
-	return false, true
 }
 
 // abort cuts the connection off.
@@ -101,9 +92,6 @@ func (c *conn) serve(ctx context.Context) error {
 	defer func() { _ = c.bye() }() // errors of the stream were seen before
 	if err := c.nc.SetReadDeadline(time.Now().Add(or(c.srv.HandshakeTimeout, DefaultHandshakeTimeout))); err != nil {
 		return err
-	}
-	if c.stopping.Load() { // the deadline above may have undone stop's
-		return errStopped
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -125,9 +113,6 @@ func (c *conn) serve(ctx context.Context) error {
 	}
 	if err := c.nc.SetReadDeadline(time.Time{}); err != nil {
 		return err
-	}
-	if c.stopping.Load() {
-		c.stop() // the deadline above may have undone its
 	}
 	err = c.transmit(ctx)
 	if !errors.Is(err, errStopped) && err != nil {
@@ -180,8 +165,10 @@ func (c *conn) spill(ctx context.Context, n int64, work func(ctx context.Context
 			return err
 		}
 	}
+	c.busy.Add(1)
 	c.workers.Go(func() {
 		defer func() {
+			c.busy.Add(-1)
 			c.budget.Release(n)
 			<-c.slots
 		}()

@@ -159,15 +159,26 @@ func (g *group) each(f func(*conn)) {
 // are gone. After the time given it cancels their reads and cuts them off.
 func (g *group) drain(limit time.Duration, cancel func()) {
 	g.each((*conn).stop)
-	cut := make(chan struct{})
-	timer := time.AfterFunc(limit, func() {
-		defer close(cut)
-		cancel()
-		g.each((*conn).abort)
-	})
-	g.wait.Wait()
-	if !timer.Stop() {
-		<-cut
+	gone := make(chan struct{})
+	go func() { defer close(gone); g.wait.Wait() }()
+	cut := time.NewTimer(limit)
+	defer cut.Stop()
+	// Again and again, because some are busy, and one that just enters the
+	// transmission phase removes its deadline.
+	again := time.NewTicker(min(shutdownGrace, limit))
+	defer again.Stop()
+	for {
+		select {
+		case <-gone:
+			return
+		case <-again.C:
+			g.each((*conn).stopReading)
+		case <-cut.C:
+			cancel()
+			g.each((*conn).abort)
+			<-gone
+			return
+		}
 	}
 }
 

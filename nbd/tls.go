@@ -74,7 +74,8 @@ func (n *negotiation) encrypt(ctx context.Context, config *tls.Config) error {
 	if s := over.ConnectionState(); len(s.VerifiedChains) > 0 {
 		c.client.Certificate = s.PeerCertificates[0]
 	}
-	c.structured = false
+	n.forgetContexts()
+	c.headers = simpleHeaders
 	*n = negotiation{conn: c, noZeroes: n.noZeroes}
 	return nil
 }

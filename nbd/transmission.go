@@ -26,11 +26,8 @@ func (c *conn) transmit(ctx context.Context) error {
 	for {
 		p, err := c.in.peek(length)
 		if err != nil {
-			switch ended, again := c.stopped(err); {
-			case ended:
+			if c.stopping.Load() && errors.Is(err, os.ErrDeadlineExceeded) {
 				return errStopped // whatever was gathered was sent before that read
-			case again:
-				continue
 			}
 			return err
 		}
