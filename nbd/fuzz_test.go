@@ -13,7 +13,12 @@ import (
 // replies, until the server hangs up or has used up the input.
 func fuzzSession(t *testing.T, s *Server, said []byte) {
 	server, client := net.Pipe()
+	s.begin.Do(s.init)
 	c := newConn(s, server)
+	if _, ok := s.shares.admit(c); !ok {
+		t.Fatal("no place for a connection")
+	}
+	defer s.shares.leave(c)
 	var wait sync.WaitGroup
 	wait.Go(func() {
 		if err := c.serve(t.Context()); err != nil {

@@ -267,6 +267,7 @@ func (n *negotiation) info(ctx context.Context, option uint32, data []byte) (out
 func (n *negotiation) choose(e Export) {
 	c := n.conn
 	c.export = e
+	c.decided.Store(true)
 	c.disk, c.writable, c.size = e.Disk, e.writable(), e.Disk.Size()
 	c.cancelable, _ = e.Disk.(restore.ReaderAtContext)
 	if c.out.canSendFile() {

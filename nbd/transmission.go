@@ -16,10 +16,10 @@ import (
 func (c *conn) transmit(ctx context.Context) error {
 	c.in.grow(inputBuffer)
 	c.batch = make([]byte, 0, batchSize)
-	c.slots = make(chan struct{}, or(c.srv.Workers, DefaultWorkers))
 	c.inFlight = max(or(c.srv.MaxInFlight, DefaultMaxInFlight), c.srv.buffers.cost(maxPayload))
 	c.budget = semaphore.NewWeighted(c.inFlight)
 	for {
+		c.in.next()
 		p, err := c.in.peek(requestLength)
 		if err != nil {
 			if c.stopping.Load() && errors.Is(err, os.ErrDeadlineExceeded) {
@@ -27,6 +27,7 @@ func (c *conn) transmit(ctx context.Context) error {
 			}
 			return err
 		}
+		c.in.begun()
 		r, ok := decodeRequest(p)
 		c.in.skip(requestLength)
 		if !ok {
