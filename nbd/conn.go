@@ -124,7 +124,13 @@ func (c *conn) run(ctx context.Context) error {
 	if c.stopping.Load() {
 		c.stop() // the deadline above may have undone its
 	}
+	c.out.ended = cancel // what is read for nobody, or waits to be, need not be
 	err = c.transmit(ctx)
+	if errors.Is(err, context.Canceled) {
+		if failure := c.out.failure(); failure != nil {
+			err = failure
+		}
+	}
 	if !errors.Is(err, errStopped) && err != nil {
 		cancel() // nobody waits for the reads any more
 	}

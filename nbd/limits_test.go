@@ -307,5 +307,9 @@ func TestMemoryOfAllConnectionsIsBounded(t *testing.T) {
 	if m := mostRunning.Load(); m > 10+conns || m < 3 {
 		t.Errorf("%d requests were executed at once", m)
 	}
-	eventually(t, "all is given back", func() bool { s.shares.mu.Lock(); defer s.shares.mu.Unlock(); return s.shares.bytes == 0 && s.shares.requests == 0 })
+	eventually(t, "all is given back", func() bool {
+		s.shares.mu.Lock()
+		defer s.shares.mu.Unlock()
+		return s.shares.bytes == 0 && s.shares.requests == 0
+	})
 }
