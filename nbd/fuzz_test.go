@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"io"
 	"net"
@@ -15,8 +16,18 @@ import (
 // fuzzSession feeds bytes to a server over a connection in memory and takes all
 // replies, until the server hangs up or has used up the input.
 func fuzzSession(t *testing.T, s *Server, said []byte) {
+	fuzzSessionOn(t, s, said, func(c net.Conn) (net.Conn, error) { return c, nil })
+}
+
+// fuzzSessionOn is fuzzSession after begin has done something with the connection.
+func fuzzSessionOn(t *testing.T, s *Server, said []byte, begin func(net.Conn) (net.Conn, error)) {
 	server, client := net.Pipe()
+	s.begin.Do(s.init)
 	c := newConn(s, server)
+	if _, ok := s.shares.admit(c); !ok {
+		t.Fatal("no place for a connection")
+	}
+	defer s.shares.leave(c)
 	var wait sync.WaitGroup
 	wait.Go(func() {
 		if err := c.serve(t.Context()); err != nil {
@@ -24,6 +35,10 @@ func fuzzSession(t *testing.T, s *Server, said []byte) {
 			_ = errors.As(err, &e) // any error will do
 		}
 	})
+	client, err := begin(client)
+	if err != nil {
+		t.Fatal(err)
+	}
 	wait.Go(func() { _, _ = io.Copy(io.Discard, client) })
 	if err := client.SetWriteDeadline(time.Now().Add(10 * time.Second)); err != nil {
 		t.Fatal(err)
@@ -31,7 +46,7 @@ func fuzzSession(t *testing.T, s *Server, said []byte) {
 	if _, err := client.Write(said); err != nil && !errors.Is(err, io.ErrClosedPipe) {
 		t.Errorf("server takes nothing and does not hang up: %v", err)
 	}
-	if err := client.Close(); err != nil {
+	if err := client.Close(); err != nil && !errors.Is(err, io.ErrClosedPipe) { // TLS says its last words to who may be gone
 		t.Fatal(err)
 	}
 	ended := make(chan struct{})
@@ -92,6 +107,71 @@ func FuzzHandshake(f *testing.F) {
 	}
 	s := fuzzServer(f)
 	f.Fuzz(func(t *testing.T, said []byte) { fuzzSession(t, s, said) })
+}
+
+// tlsFuzzServer offers TLS, to clients of the authority that it returns.
+func tlsFuzzServer(f *testing.F, required bool) (*Server, *authority) {
+	ca := newAuthority(f, "ca")
+	s := fuzzServer(f)
+	s.TLS, _ = ca.serverTLS(required, false)
+	return s, ca
+}
+
+// FuzzStartTLS is FuzzHandshake where there is TLS, up to the first bytes of it.
+func FuzzStartTLS(f *testing.F) {
+	hello := "\x16\x03\x01\x00\x2c\x01\x00\x00\x28\x03\x03" + long(32) + "\x00\x00\x02\x13\x01\x01\x00"
+	start := wire("IHAVEOPT", uint32(5), uint32(0))
+	for _, seed := range [][]byte{
+		wire(uint32(3), start),
+		wire(uint32(3), start, hello),
+		wire(uint32(3), start, "IHAVEOPT", uint32(3), uint32(0)),
+		wire(uint32(3), "IHAVEOPT", uint32(8), uint32(0), start, start),
+		wire(uint32(3), "IHAVEOPT", uint32(1), uint32(1), "a"),
+		wire(uint32(3), "IHAVEOPT", uint32(7), uint32(7), goData("a")),
+		wire(uint32(3), "IHAVEOPT", uint32(5), uint32(1), "x"),
+		wire(uint32(0), start),
+	} {
+		f.Add(false, seed)
+		f.Add(true, seed)
+	}
+	optional, _ := tlsFuzzServer(f, false)
+	required, _ := tlsFuzzServer(f, true)
+	f.Fuzz(func(t *testing.T, must bool, said []byte) {
+		s := optional
+		if must {
+			s = required
+		}
+		fuzzSession(t, s, said)
+	})
+}
+
+// FuzzInTLS is FuzzHandshake within TLS.
+func FuzzInTLS(f *testing.F) {
+	meta := wire(uint32(1), "a", uint32(1), uint32(15), "base:allocation")
+	for _, seed := range [][]byte{
+		wire("IHAVEOPT", uint32(3), uint32(0), "IHAVEOPT", uint32(5), uint32(0)),
+		wire("IHAVEOPT", uint32(8), uint32(0), "IHAVEOPT", uint32(10), uint32(len(meta)), meta, "IHAVEOPT", uint32(7), uint32(7), goData("a"),
+			uint32(magicRequest), uint16(0), uint16(cmdRead), uint64(1), uint64(0), uint32(100<<10)),
+		wire("IHAVEOPT", uint32(1), uint32(1), "b", uint32(magicRequest), uint16(0), uint16(cmdWrite), uint64(1), uint64(0), uint32(3), "abc"),
+	} {
+		f.Add(seed)
+	}
+	s, ca := tlsFuzzServer(f, true)
+	f.Fuzz(func(t *testing.T, said []byte) {
+		fuzzSessionOn(t, s, said, func(c net.Conn) (net.Conn, error) {
+			if _, err := io.ReadFull(c, make([]byte, 18)); err != nil {
+				return nil, err
+			}
+			if _, err := c.Write(wire(uint32(3), "IHAVEOPT", uint32(5), uint32(0))); err != nil {
+				return nil, err
+			}
+			if _, err := io.ReadFull(c, make([]byte, 20)); err != nil {
+				return nil, err
+			}
+			over := tls.Client(c, ca.client(nil))
+			return over, over.HandshakeContext(t.Context())
+		})
+	})
 }
 
 func FuzzTransmission(f *testing.F) {

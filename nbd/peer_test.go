@@ -441,3 +441,11 @@ func long(n int) string { return strings.Repeat("x", n) }
 
 func be32(p []byte) uint32 { return binary.BigEndian.Uint32(p) }
 func be64(p []byte) uint64 { return binary.BigEndian.Uint64(p) }
+
+// connections counts those that a server has.
+func connections(s *Server) int {
+	s.begin.Do(s.init)
+	s.shares.mu.Lock()
+	defer s.shares.mu.Unlock()
+	return s.shares.conns
+}

@@ -738,7 +738,7 @@ func TestStalledClientHoldsUpNobodyAndIsCutOff(t *testing.T) {
 				p.request(0, cmdRead, i, 0, 4096)
 				p.getSimple(4096).want(t, i, 0)
 			}
-			eventually(t, "only one connection is left", func() bool { return s.conns.Load() == 1 })
+			eventually(t, "only one connection is left", func() bool { return connections(s) == 1 })
 		})
 	}
 }
@@ -856,7 +856,7 @@ func TestReadsEndWhenTheClientGoes(t *testing.T) {
 	if err := p.Close(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the connection ends", func() bool { return s.conns.Load() == 0 })
+	eventually(t, "the connection ends", func() bool { return connections(s) == 0 })
 }
 
 func TestClientsThatVanishLeaveNothing(t *testing.T) {
@@ -898,6 +898,6 @@ func TestClientsThatVanishLeaveNothing(t *testing.T) {
 		})
 	}
 	clients.Wait()
-	eventually(t, "all connections are gone", func() bool { return s.conns.Load() == 0 })
+	eventually(t, "all connections are gone", func() bool { return connections(s) == 0 })
 	eventually(t, "all goroutines are gone", func() bool { return runtime.NumGoroutine() <= before })
 }
