@@ -9,8 +9,15 @@
 // INFO, GO, LIST, ABORT, STRUCTURED_REPLY, LIST_META_CONTEXT,
 // SET_META_CONTEXT), simple and structured replies, and the commands READ, WRITE,
 // FLUSH, TRIM, CACHE, WRITE_ZEROES and BLOCK_STATUS with all their flags. The one
-// metadata context is base:allocation. There is no TLS and there are no extended
-// headers yet.
+// metadata context is base:allocation. There are no extended headers yet.
+//
+// # TLS and access
+//
+// STARTTLS is served where Server.TLS is set, with certificates of a folder
+// ([LoadCertificates]). Exports are asked with what is known of the [Client], and
+// [Restrict] hides those that no [Rule] shows it. What was agreed on before TLS is
+// forgotten; plain text behind STARTTLS ends the connection. Reads over TLS go
+// through memory, as the kernel's sendfile cannot encrypt.
 //
 // # Execution
 //
@@ -42,4 +49,9 @@
 // extents. A connection holds 0.5 MiB, plus what Server.MaxInFlight allows;
 // before it has chosen an export it holds some 64 KiB. Nothing is allocated
 // because a client announced a length.
+//
+// What all connections hold is limited by Server.MaxConnections, MaxRequests and
+// MaxMemory, and divided among clients so that something is left for the next
+// (shares). Who keeps the server waiting is cut off: by HandshakeTimeout until it
+// has chosen an export, then by RequestTimeout and WriteTimeout.
 package nbd
