@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/tidemark/tidemark/restore"
 )
 
 // ErrRule is wrapped when a rule of access makes no sense.
@@ -101,7 +103,41 @@ func (r restricted) Open(ctx context.Context, c Client, name string) (Export, er
 	if !r.allows(c, name) {
 		return Export{}, fmt.Errorf("%w %q", ErrUnknownExport, name)
 	}
-	return r.from.Open(ctx, c, name)
+	e, err := r.from.Open(ctx, c, name)
+	if e.History != nil {
+		e.History = restrictedHistory{e.History, func(past string) bool { return r.allowsPast(c, e.Name, past) }}
+	}
+	return e, err
+}
+
+// allowsPast tells whether a client may compare the disk of an export with another
+// point of it. Of an export VM@POINT/DISK those may be that are exports it may see.
+func (r restricted) allowsPast(c Client, export, past string) bool {
+	vm, rest, ok := strings.Cut(export, "@")
+	if !ok {
+		return true // an export of one disk, which a rule has allowed
+	}
+	_, disk, _ := strings.Cut(rest, "/")
+	return r.allows(c, vm+"@"+past+"/"+disk)
+}
+
+type restrictedHistory struct {
+	History
+	may func(name string) bool
+}
+
+// List implements [History].
+func (h restrictedHistory) List(ctx context.Context) ([]string, error) {
+	list, err := h.History.List(ctx)
+	return slices.DeleteFunc(list, func(name string) bool { return !h.may(name) }), err
+}
+
+// Open implements [History].
+func (h restrictedHistory) Open(ctx context.Context, name string) (restore.Disk, func(), error) {
+	if !h.may(name) {
+		return nil, nil, fmt.Errorf("%w %q", ErrUnknownPast, name)
+	}
+	return h.History.Open(ctx, name)
 }
 
 // List implements [Exports].

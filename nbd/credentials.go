@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -36,9 +37,12 @@ type Credentials struct {
 // clientOf finds out what a connection tells by itself.
 func clientOf(nc net.Conn) Client {
 	c := Client{Network: nc.LocalAddr().Network()}
-	u, ok := nc.(*net.UnixConn)
-	if !ok {
+	if c.Network != "unix" {
 		c.Address = nc.RemoteAddr().String()
+		return c
+	}
+	u, ok := nc.(syscall.Conn)
+	if !ok {
 		return c
 	}
 	raw, err := u.SyscallConn()

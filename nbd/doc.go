@@ -17,6 +17,14 @@
 // GO for it takes that one, so that contexts and disk belong together even if the
 // name has come to mean another disk in between.
 //
+// # TLS and access
+//
+// STARTTLS is served where Server.TLS is set, with certificates of a folder
+// ([LoadCertificates]). Exports are asked with what is known of the [Client], and
+// [Restrict] hides those that no [Rule] shows it. What was agreed on before TLS is
+// forgotten; plain text behind STARTTLS ends the connection. Reads over TLS go
+// through memory, as the kernel's sendfile cannot encrypt.
+//
 // # Execution
 //
 // Each connection has one goroutine, which reads requests ahead and executes the
@@ -44,7 +52,12 @@
 // 1 MiB the client is hung up on), reads and writes 32 MiB; trim, zeroes, cache
 // and block status may be as long as the protocol can say, zeroes that must not
 // be holes 32 MiB. Requests need no alignment. A block status has at most 2048
-// extents of each context, of which 64 can be selected. A connection holds 0.5 MiB, plus what Server.MaxInFlight allows;
-// before it has chosen an export it holds some 64 KiB. Nothing is allocated
-// because a client announced a length.
+// extents of each context, of which 64 can be selected. A connection holds 0.5 MiB,
+// plus what Server.MaxInFlight allows; before it has chosen an export it holds some
+// 64 KiB. Nothing is allocated because a client announced a length.
+//
+// What all connections hold is limited by Server.MaxConnections, MaxRequests and
+// MaxMemory, and divided among clients so that something is left for the next
+// (shares). Who keeps the server waiting is cut off: by HandshakeTimeout until it
+// has chosen an export, then by RequestTimeout and WriteTimeout.
 package nbd

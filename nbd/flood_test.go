@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -377,4 +378,82 @@ func TestThousandClientsThatStall(t *testing.T) {
 		a.vanish()
 		a.end()
 	})
+}
+
+// narrow is a disk that reads so many blocks at once, a millisecond each, in the
+// order of asking.
+func narrow(t testing.TB, width int) *hooked {
+	turns := make(chan struct{}, width)
+	d := &hooked{WritableDisk: newMemDisk(diskSize)}
+	d.read = func(int64, int) error {
+		turns <- struct{}{}
+		time.Sleep(time.Millisecond)
+		<-turns
+		return nil
+	}
+	t.Cleanup(func() { d.read = nil })
+	return d
+}
+
+// One client has 16 connections with 64 reads under way on each. Another, which
+// reads one block at a time, still gets its own within a bounded time.
+func TestFloodLeavesOthersTheirShare(t *testing.T) {
+	for name, c := range map[string]struct {
+		server *Server
+		most   time.Duration // for nine of ten reads
+	}{
+		"memory":      {&Server{Exports: static(t, Export{Disk: newMemDisk(diskSize)})}, time.Second},
+		"narrow disk": {&Server{Exports: static(t, Export{Disk: narrow(t, 4)}), MaxRequests: 32}, time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			address := startTCP(t, c.server)
+			victim := dialFrom(t, "127.0.0.1", address)
+			victim.enter("", false)
+			handle := uint64(0)
+			times := func(n int) (p50, p90, p99 time.Duration) {
+				list := make([]time.Duration, n)
+				for i := range list {
+					handle++
+					begin := time.Now()
+					victim.request(0, cmdRead, handle, 0, 4096)
+					victim.getSimple(4096).want(t, handle, 0)
+					list[i] = time.Since(begin)
+				}
+				slices.Sort(list)
+				return list[n/2], list[n*9/10], list[n*99/100]
+			}
+			times(20)
+			p50, p90, p99 := times(100)
+			t.Logf("alone: median %v, 90 %% within %v, 99 %% within %v", p50, p90, p99)
+			var read atomic.Int64
+			var wait sync.WaitGroup
+			for range 16 {
+				flooder := dialFrom(t, "127.0.0.2", address)
+				flooder.enter("", false)
+				window := reads(64, 4096)
+				wait.Go(func() {
+					if _, err := flooder.Write(window); err != nil {
+						return
+					}
+					for reply := make([]byte, 16+4096); ; read.Add(1) {
+						if _, err := io.ReadFull(flooder, reply); err != nil {
+							return
+						}
+						if _, err := flooder.Write(window[:requestLength]); err != nil {
+							return
+						}
+					}
+				})
+				defer func() { _ = flooder.Close() }()
+			}
+			eventually(t, "the flood is there", func() bool { return read.Load() > 200 })
+			begin, before := time.Now(), read.Load()
+			p50, p90, p99 = times(100)
+			t.Logf("beside %d reads/s: median %v, 90 %% within %v, 99 %% within %v",
+				int(float64(read.Load()-before)/time.Since(begin).Seconds()), p50, p90, p99)
+			if p90 > c.most {
+				t.Errorf("90 %% within %v", p90)
+			}
+		})
+	}
 }

@@ -23,6 +23,9 @@ const (
 	DefaultMaxMemory        = 8 * maxPayload
 )
 
+// MinMaxMemory is the least that MaxMemory can be, in bytes.
+const MinMaxMemory = 2 * maxPayload
+
 // Server serves exports over NBD. The fields must not change once Serve was
 // called; it may be called for several listeners at once, which then share
 // what is limited. A client, for what is limited per client, is a user at a unix

@@ -2,13 +2,10 @@ package main
 
 import (
 	"cmp"
-	"context"
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"math"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -43,12 +40,15 @@ What changed since another point of the machine is the metadata context
 qemu:dirty-bitmap:POINT: backup tools that read QEMU's dirty bitmaps can fetch
 increments (docs/nbd.md).
 
-Anyone who can reach a TCP address given with --listen can read the disks.`,
+` + serverHelp,
 		Example: `  tidemark export web1@latest -r /srv/backup --socket /run/web1.sock --writable --overlay web1.overlay
   qemu-system-x86_64 -m 2G -blockdev driver=nbd,node-name=d0,server.type=unix,server.path=/run/web1.sock \
     -device virtio-blk-pci,drive=d0
   tidemark export web1@3f2a -r /srv/backup --listen 127.0.0.1:10809
   nbdcopy nbd://127.0.0.1 web1.raw
+  tidemark export --all -r /srv/backup --listen :10809 --tls-certs /etc/tidemark/tls --allow 'CN=standby1:web1@*'
+  nbdcopy 'nbds://backup.example.org/web1@latest/disk0?tls-certificates=/etc/pki/standby1' web1.raw
+  tidemark export web1@latest -r /srv/backup --socket /run/web1.sock --socket-mode 0660 --socket-group kvm
   tidemark export --all -r /srv/backup --socket /run/points.sock
   nbdinfo --list 'nbd+unix:///?socket=/run/points.sock'
   nbdinfo --map=qemu:dirty-bitmap:3f2a 'nbd+unix:///web1@latest/disk0?socket=/run/points.sock'`,
@@ -65,11 +65,10 @@ Anyone who can reach a TCP address given with --listen can read the disks.`,
 			return o.run(c, g, a[0])
 		},
 	}
+	o.addFlags(c)
 	f := c.Flags()
 	f.BoolVar(&o.all, "all", false, "all points of all machines")
 	f.StringArrayVar(&o.vms, "vm", nil, "all points of this machine; may be given several times")
-	f.StringVar(&o.socket, "socket", "", "unix socket to make and listen on")
-	f.StringVar(&o.listen, "listen", "", "TCP address to listen on, such as 127.0.0.1:10809")
 	f.IntVar(&o.disk, "disk", -1, "only this disk of the point")
 	f.BoolVar(&o.writable, "writable", false, "let clients write, into an overlay")
 	f.StringVar(&o.limit, "overlay-limit", "", "how much an overlay may hold, such as 20GiB: past it writes fail with \"no space left\"")
@@ -78,16 +77,17 @@ Anyone who can reach a TCP address given with --listen can read the disks.`,
 }
 
 type exportOptions struct {
-	socket, listen, overlay, limit string
-	limitBytes                     int64
-	disk                           int
-	writable                       bool
-	all                            bool
-	vms                            []string
+	serverOptions
+	overlay, limit string
+	limitBytes     int64
+	disk           int
+	writable       bool
+	all            bool
+	vms            []string
 }
 
 func (o exportOptions) run(c *cobra.Command, g *globals, ref string) (err error) {
-	if err := o.checkAddress(); err != nil {
+	if err := o.check("export"); err != nil {
 		return err
 	}
 	if o.overlay != "" && !o.writable {
@@ -147,23 +147,16 @@ func (o exportOptions) run(c *cobra.Command, g *globals, ref string) (err error)
 	if len(disks) > 1 {
 		name = p.Disks[disks[0]].Name
 	}
-	l, where, err := o.bind(ctx, name)
-	if err != nil {
-		return err
+	mode := "read-only"
+	if o.writable {
+		mode = "writable"
 	}
-	if !g.quiet {
-		mode := "read-only"
-		if o.writable {
-			mode = "writable"
-		}
-		_, _ = fmt.Fprintf(c.OutOrStdout(), "%s@%s %s at %s\n", p.VM, p.ID, mode, where)
-	}
-	return serve(ctx, set, l)
+	return o.serve(c, g, set, name, fmt.Sprintf("%s@%s %s at ", p.VM, p.ID, mode))
 }
 
 // runAll serves the points of several machines.
 func (o exportOptions) runAll(c *cobra.Command, g *globals) (err error) {
-	if err := o.checkAddress(); err != nil {
+	if err := o.check("export"); err != nil {
 		return err
 	}
 	if o.writable || o.overlay != "" || o.limit != "" || o.disk != -1 {
@@ -192,42 +185,27 @@ func (o exportOptions) runAll(c *cobra.Command, g *globals) (err error) {
 	if shown := cmp.Or(strings.Join(vms, " "), strings.Join(known, " ")); shown != "" {
 		name = strings.Fields(shown)[0] + "@latest"
 	}
+	return o.serve(c, g, nbd.NewPoints(cat, vms...), name, fmt.Sprintf("all points of %s read-only, such as ", cmp.Or(strings.Join(vms, ", "), "all machines")))
+}
+
+// serve serves exports until ctx ends, after it has said where.
+func (o *exportOptions) serve(c *cobra.Command, g *globals, exports nbd.Exports, name, what string) error {
+	srv, err := o.server(exports)
+	if err != nil {
+		return err
+	}
+	ctx := c.Context()
 	l, where, err := o.bind(ctx, name)
 	if err != nil {
 		return err
 	}
 	if !g.quiet {
-		_, _ = fmt.Fprintf(c.OutOrStdout(), "all points of %s read-only, such as %s\n", cmp.Or(strings.Join(vms, ", "), "all machines"), where)
+		_, _ = fmt.Fprintf(c.OutOrStdout(), "%s%s\n", what, where)
+		if err := o.openToAll(l); err != nil {
+			_, _ = fmt.Fprintf(c.ErrOrStderr(), "tidemark: %s: %v\n", l.Addr(), err)
+		}
 	}
-	return serve(ctx, nbd.NewPoints(cat, vms...), l)
-}
-
-func serve(ctx context.Context, exports nbd.Exports, l net.Listener) error {
-	srv := &nbd.Server{Exports: exports, Log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))}
 	return srv.Serve(ctx, l)
-}
-
-func (o exportOptions) checkAddress() error {
-	if (o.socket == "") == (o.listen == "") {
-		return usageError{errors.New("export: give --socket PATH or --listen ADDR")}
-	}
-	return nil
-}
-
-// bind listens, and returns the URI of the export with this name.
-func (o exportOptions) bind(ctx context.Context, name string) (net.Listener, string, error) {
-	network, addr := "unix", o.socket
-	if o.listen != "" {
-		network, addr = "tcp", o.listen
-	}
-	l, err := nbd.Listen(ctx, network, addr)
-	if err != nil {
-		return nil, "", err
-	}
-	if network == "unix" {
-		return l, "nbd+unix:///" + name + "?socket=" + absolute(o.socket), nil
-	}
-	return l, "nbd://" + l.Addr().String() + "/" + name, nil
 }
 
 // closingDisk is a disk that was opened for the export.
