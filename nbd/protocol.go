@@ -47,6 +47,7 @@ const (
 	repErrUnsupported = 1<<31 + 1
 	repErrPolicy      = 1<<31 + 2
 	repErrInvalid     = 1<<31 + 3
+	repErrTLSRequired = 1<<31 + 5
 	repErrUnknown     = 1<<31 + 6
 	repErrShutdown    = 1<<31 + 7
 	repErrTooBig      = 1<<31 + 9
@@ -66,6 +67,7 @@ const (
 	transReadOnly    = 1 << 1
 	transFlush       = 1 << 2
 	transFUA         = 1 << 3
+	transRotational  = 1 << 4
 	transTrim        = 1 << 5
 	transWriteZeroes = 1 << 6
 	transDF          = 1 << 7

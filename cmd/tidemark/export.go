@@ -64,15 +64,8 @@ func (o exportOptions) run(c *cobra.Command, g *globals, ref string) (err error)
 	if (o.socket == "") == (o.listen == "") {
 		return usageError{errors.New("export: give --socket PATH or --listen ADDR")}
 	}
-	if o.overlay != "" && !o.writable {
-		return usageError{errors.New("export: --overlay goes with --writable")}
-	}
-	if o.limit != "" {
-		n, err := humanize.ParseBytes(o.limit)
-		if err != nil || n > math.MaxInt64 || !o.writable {
-			return usageError{fmt.Errorf("export: --overlay-limit %s: a size such as 20GiB, together with --writable", o.limit)}
-		}
-		o.limitBytes = int64(n)
+	if err := o.checkOverlay("export"); err != nil {
+		return err
 	}
 	ctx := c.Context()
 	cat, repo, err := g.catalog(ctx)
@@ -96,19 +89,10 @@ func (o exportOptions) run(c *cobra.Command, g *globals, ref string) (err error)
 	}
 	var exports []nbd.Export
 	for _, i := range disks {
-		d, closer, err := cat.Open(ctx, p, i)
+		e, opened, err := o.open(ctx, cat, p, i, len(disks) > 1)
+		closers = append(closers, opened...)
 		if err != nil {
 			return err
-		}
-		closers = append(closers, closer)
-		e := nbd.Export{Name: p.Disks[i].Name, Description: p.VM + "@" + p.ID + " " + p.Disks[i].Name, Disk: d, ReadOnly: !o.writable}
-		if o.writable {
-			ov, err := o.openOverlay(cat, p, i, len(disks) > 1, d)
-			if err != nil {
-				return err
-			}
-			closers = append(closers, ov)
-			e.Disk = ov
 		}
 		exports = append(exports, e)
 	}
@@ -129,6 +113,40 @@ func (o exportOptions) run(c *cobra.Command, g *globals, ref string) (err error)
 	}
 	srv := &nbd.Server{Exports: set, Log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))}
 	return srv.Serve(ctx, l)
+}
+
+// checkOverlay reads the flags that are about the overlay.
+func (o *exportOptions) checkOverlay(command string) error {
+	if o.overlay != "" && !o.writable {
+		return usageError{errors.New(command + ": --overlay goes with --writable")}
+	}
+	if o.limit != "" {
+		n, err := humanize.ParseBytes(o.limit)
+		if err != nil || n > math.MaxInt64 || !o.writable {
+			return usageError{fmt.Errorf("%s: --overlay-limit %s: a size such as 20GiB, together with --writable", command, o.limit)}
+		}
+		o.limitBytes = int64(n)
+	}
+	return nil
+}
+
+// open opens disk i for being served. What it returns to be closed, last one first, is so also after an error.
+func (o exportOptions) open(ctx context.Context, cat *restore.Catalog, p *restore.PointDetails, i int, several bool) (nbd.Export, []io.Closer, error) {
+	d, closer, err := cat.Open(ctx, p, i)
+	if err != nil {
+		return nbd.Export{}, nil, err
+	}
+	closers := []io.Closer{closer}
+	e := nbd.Export{Name: p.Disks[i].Name, Description: p.VM + "@" + p.ID + " " + p.Disks[i].Name, Disk: d, ReadOnly: !o.writable}
+	if o.writable {
+		ov, err := o.openOverlay(cat, p, i, several, d)
+		if err != nil {
+			return nbd.Export{}, closers, err
+		}
+		closers = append(closers, ov)
+		e.Disk = ov
+	}
+	return e, closers, nil
 }
 
 func (o exportOptions) bind(ctx context.Context, disks []int, p *restore.PointDetails) (net.Listener, string, error) {

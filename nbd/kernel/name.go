@@ -1,0 +1,71 @@
+package kernel
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// ParseDevice reads /dev/nbdN, or a link that leads there, and returns N.
+func ParseDevice(path string) (int, error) {
+	real, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		real = path // devices may come to be by being attached
+	}
+	digits, ok := strings.CutPrefix(real, "/dev/nbd")
+	n, err := strconv.ParseUint(digits, 10, 20)
+	if !ok || err != nil || strconv.FormatUint(n, 10) != digits {
+		return 0, fmt.Errorf("%s: not an NBD device: give /dev/nbdN", path)
+	}
+	return int(n), nil
+}
+
+// Path is the device's name in /dev.
+func Path(index int) string { return "/dev/nbd" + strconv.Itoa(index) }
+
+func sysfs(index int, name string) string {
+	return filepath.Join("/sys/block", "nbd"+strconv.Itoa(index), name)
+}
+
+// backendOf is what the device was given as a backend when it was attached, "" if nothing.
+func backendOf(index int) string {
+	b, err := os.ReadFile(sysfs(index, "backend"))
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSuffix(string(b), "\n")
+}
+
+// connectionsOf is how many connections a device was attached with.
+func connectionsOf(index int) int {
+	queues, _ := os.ReadDir(sysfs(index, "mq")) // one hardware queue for each
+	return max(len(queues), 1)
+}
+
+// InUse tells whether the device is mounted, or part of another one.
+func InUse(index int) (bool, error) {
+	fd, err := unix.Open(Path(index), unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0)
+	switch err {
+	case nil:
+		return false, unix.Close(fd)
+	case unix.EBUSY:
+		return true, nil
+	case unix.ENOENT, unix.ENXIO, unix.ENODEV:
+		return false, nil
+	}
+	return false, &os.PathError{Op: "open", Path: Path(index), Err: err}
+}
+
+// Attached are the devices that are attached, as paths.
+func Attached() []string {
+	pids, _ := filepath.Glob("/sys/block/nbd*/pid") // there while it is attached
+	var list []string
+	for _, p := range pids {
+		list = append(list, filepath.Join("/dev", filepath.Base(filepath.Dir(p))))
+	}
+	return list
+}
