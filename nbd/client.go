@@ -58,11 +58,6 @@ func Negotiate(ctx context.Context, c net.Conn, export string) (_ Remote, err er
 	if !validString(export) {
 		return Remote{}, fmt.Errorf("%w: %.64q", ErrExportName, export)
 	}
-	if d, ok := ctx.Deadline(); ok {
-		if err := c.SetDeadline(d); err != nil {
-			return Remote{}, err
-		}
-	}
 	interrupted := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(interrupted)
@@ -72,11 +67,12 @@ func Negotiate(ctx context.Context, c net.Conn, export string) (_ Remote, err er
 		if !stop() {
 			<-interrupted
 		}
-		if cause := ctx.Err(); cause != nil && err != nil {
+		switch cause := ctx.Err(); {
+		case err == nil:
+			err = c.SetDeadline(time.Time{}) // it may have ended just now
+		case cause != nil:
 			err = fmt.Errorf("%w: %w", cause, err)
-			return
 		}
-		err = errors.Join(err, c.SetDeadline(time.Time{}))
 	}()
 	return (&suitor{c}).negotiate(export)
 }
