@@ -74,6 +74,7 @@ type Device struct {
 	remote    nbd.Remote
 	blockSize uint32
 	links     []link
+	backend   string // as the kernel has it
 	resumed   bool
 
 	events <-chan int
@@ -197,15 +198,20 @@ func (d *Device) connect(ctx context.Context) error {
 	if d.o.ReadOnly {
 		flags |= 1 << 1 // NBD_FLAG_READ_ONLY
 	}
+	if d.o.Backend != "" {
+		d.backend = withConnections(d.o.Backend, len(d.links))
+	}
 	index, err := d.ctl.connect(setup{
 		index: d.index, sockets: sockets(d.links), size: d.remote.Size, blockSize: d.blockSize, flags: flags,
-		timeout: d.o.Timeout, deadConn: d.o.DeadConn, backend: d.o.Backend,
+		timeout: d.o.Timeout, deadConn: d.o.DeadConn, backend: d.backend,
 	})
-	if errors.Is(err, ErrBusy) && d.index >= 0 && d.o.Backend != "" && backendOf(d.index) == d.o.Backend {
-		if err := d.guardIt(ctx); err != nil {
-			return err
+	if errors.Is(err, ErrBusy) && d.index >= 0 {
+		if n := connectionsOf(d.index, d.o.Backend); n > 0 {
+			if err := d.guardIt(ctx); err != nil {
+				return err
+			}
+			return d.resume(ctx, n)
 		}
-		return d.resume(ctx)
 	}
 	if err != nil {
 		if d.index >= 0 {
@@ -227,8 +233,8 @@ func (d *Device) guardIt(ctx context.Context) (err error) {
 }
 
 // resume takes over a device whose connections are all dead.
-func (d *Device) resume(ctx context.Context) error {
-	want := connectionsOf(d.index)
+func (d *Device) resume(ctx context.Context, want int) error {
+	d.backend = withConnections(d.o.Backend, want)
 	if want > 1 && !d.remote.MultiConn {
 		return fmt.Errorf("%s: %w with %d connections, and the server lets clients use one", Path(d.index), ErrBusy, want)
 	}
@@ -243,7 +249,7 @@ func (d *Device) resume(ctx context.Context) error {
 		}
 		d.links = append(d.links, l)
 	}
-	if err := d.ctl.reconnect(d.index, 0, sockets(d.links), d.o.Backend); err != nil {
+	if err := d.ctl.reconnect(d.index, 0, sockets(d.links), d.backend); err != nil {
 		return fmt.Errorf("%s: %w: take it over: %w", Path(d.index), ErrBusy, err)
 	}
 	for _, l := range d.links {
@@ -355,7 +361,7 @@ func (d *Device) replace(ctx context.Context, i int) error {
 		if l.remote.Size > d.remote.Size {
 			size = l.remote.Size - l.remote.Size%int64(d.blockSize)
 		}
-		err = d.ctl.reconnect(d.index, size, []*os.File{l.file}, d.o.Backend)
+		err = d.ctl.reconnect(d.index, size, []*os.File{l.file}, d.backend)
 	}
 	if err == nil && !l.taken() {
 		err = errNotTaken

@@ -40,10 +40,20 @@ func backendOf(index int) string {
 	return strings.TrimSuffix(string(b), "\n")
 }
 
-// connectionsOf is how many connections a device was attached with.
-func connectionsOf(index int) int {
-	queues, _ := os.ReadDir(sysfs(index, "mq")) // one hardware queue for each
-	return max(len(queues), 1)
+// withConnections is a backend's name with the number of connections, which the kernel does not
+// tell: a process that takes a device over has to bring as many.
+func withConnections(backend string, n int) string { return fmt.Sprintf("%s x%d", backend, n) }
+
+// connectionsOf is how many connections a device was attached with, 0 if it is not that backend.
+func connectionsOf(index int, backend string) int {
+	n, found := strings.CutPrefix(backendOf(index), backend+" x")
+	if !found || backend == "" {
+		return 0
+	}
+	if n, err := strconv.Atoi(n); err == nil && n > 0 && n <= MaxConnections {
+		return n
+	}
+	return 0
 }
 
 // InUse tells whether the device is mounted, or part of another one.

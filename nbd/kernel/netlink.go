@@ -88,8 +88,19 @@ func newControl(conn *genetlink.Conn) (*control, error) {
 
 func (c *control) Close() error { return c.conn.Close() }
 
-// execute sends one command and returns the answers.
-func (c *control) execute(cmd uint8, fill func(*netlink.AttributeEncoder)) ([]genetlink.Message, error) {
+// ask sends a command that has an answer. No acknowledgement is asked for besides: it would come later, and
+// be taken for the answer to the next command.
+func (c *control) ask(cmd uint8, fill func(*netlink.AttributeEncoder)) ([]genetlink.Message, error) {
+	return c.execute(cmd, netlink.Request, fill)
+}
+
+// tell sends a command that has none.
+func (c *control) tell(cmd uint8, fill func(*netlink.AttributeEncoder)) error {
+	_, err := c.execute(cmd, netlink.Request|netlink.Acknowledge, fill)
+	return err
+}
+
+func (c *control) execute(cmd uint8, flags netlink.HeaderFlags, fill func(*netlink.AttributeEncoder)) ([]genetlink.Message, error) {
 	e := netlink.NewAttributeEncoder()
 	fill(e)
 	body, err := e.Encode()
@@ -97,7 +108,7 @@ func (c *control) execute(cmd uint8, fill func(*netlink.AttributeEncoder)) ([]ge
 		return nil, err
 	}
 	m := genetlink.Message{Header: genetlink.Header{Command: cmd, Version: version}, Data: body}
-	answers, err := c.conn.Execute(m, c.family.ID, netlink.Request|netlink.Acknowledge)
+	answers, err := c.conn.Execute(m, c.family.ID, flags)
 	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) {
 		err = fmt.Errorf("%w: %w", ErrPermission, err)
 	}
@@ -118,7 +129,7 @@ type setup struct {
 
 // connect attaches a device and returns its index. Errors wrap ErrBusy.
 func (c *control) connect(s setup) (int, error) {
-	answers, err := c.execute(cmdConnect, func(e *netlink.AttributeEncoder) {
+	answers, err := c.ask(cmdConnect, func(e *netlink.AttributeEncoder) {
 		if s.index >= 0 {
 			e.Uint32(attrIndex, uint32(s.index))
 		}
@@ -144,7 +155,7 @@ func (c *control) connect(s setup) (int, error) {
 // reconnect gives a device that is attached sockets in the place of dead ones. If it has fewer dead ones
 // those that are too many are ignored, without an error. A size of 0 leaves it as it is.
 func (c *control) reconnect(index int, size int64, sockets []*os.File, backend string) error {
-	_, err := c.execute(cmdReconfigure, func(e *netlink.AttributeEncoder) {
+	return c.tell(cmdReconfigure, func(e *netlink.AttributeEncoder) {
 		e.Uint32(attrIndex, uint32(index))
 		if size > 0 {
 			e.Uint64(attrSize, uint64(size))
@@ -154,12 +165,11 @@ func (c *control) reconnect(index int, size int64, sockets []*os.File, backend s
 			e.String(attrBackend, backend)
 		}
 	})
-	return err
 }
 
 // disconnect detaches a device. Errors wrap ErrNotAttached.
 func (c *control) disconnect(index int) error {
-	_, err := c.execute(cmdDisconnect, func(e *netlink.AttributeEncoder) { e.Uint32(attrIndex, uint32(index)) })
+	err := c.tell(cmdDisconnect, func(e *netlink.AttributeEncoder) { e.Uint32(attrIndex, uint32(index)) })
 	if errors.Is(err, unix.EINVAL) {
 		return fmt.Errorf("%w: %w", ErrNotAttached, err)
 	}
@@ -168,7 +178,7 @@ func (c *control) disconnect(index int) error {
 
 // connected tells whether a device is attached, or still held open after it was detached.
 func (c *control) connected(index int) (bool, error) {
-	answers, err := c.execute(cmdStatus, func(e *netlink.AttributeEncoder) { e.Uint32(attrIndex, uint32(index)) })
+	answers, err := c.ask(cmdStatus, func(e *netlink.AttributeEncoder) { e.Uint32(attrIndex, uint32(index)) })
 	if err != nil {
 		return false, err
 	}
