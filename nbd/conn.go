@@ -32,17 +32,19 @@ var errStopped = errors.New("server stopped")
 // it reads the requests and executes those that are quick. Workers, which it
 // starts and waits for, execute the others.
 type conn struct {
-	srv *Server
-	nc  net.Conn
-	in  input
-	out *output
+	srv    *Server
+	nc     net.Conn
+	bye    func() error // closes nc, with TLS's last words
+	client Client
+	in     input
+	out    *output
 
 	stopping atomic.Bool
 
 	// What the handshake agreed on; constant afterwards.
 	export     Export
-	structured bool // structured replies
-	status     bool // the context base:allocation
+	headers    headers
+	contexts   []*statusContext // selected, by ID from 1 on
 	size       int64
 	flags      uint16 // transmission flags
 	disk       restore.Disk
@@ -52,6 +54,7 @@ type conn struct {
 
 	batch    []byte // replies of the connection's goroutine, not sent yet
 	workers  sync.WaitGroup
+	busy     atomic.Int64        // running workers
 	slots    chan struct{}       // one per running worker
 	budget   *semaphore.Weighted // bytes of buffers that workers hold
 	inFlight int64               // size of budget
@@ -59,15 +62,25 @@ type conn struct {
 }
 
 func newConn(s *Server, nc net.Conn) *conn {
-	c := &conn{srv: s, nc: nc, out: newOutput(nc, or(s.WriteTimeout, DefaultWriteTimeout))}
+	c := &conn{srv: s, nc: nc, client: clientOf(nc), out: newOutput(nc, or(s.WriteTimeout, DefaultWriteTimeout))}
+	c.bye = nc.Close
 	c.in = input{from: nc, buf: make([]byte, handshakeBuffer), before: c.flush}
 	return c
 }
 
-// stop makes the connection end after what it is doing.
-func (c *conn) stop() {
-	c.stopping.Store(true)
-	_ = c.nc.SetReadDeadline(time.Unix(1, 0)) // only fails if it is closed already
+// shutdownGrace is for how long clients are told that the server stops before they
+// are hung up on.
+const shutdownGrace = 200 * time.Millisecond
+
+// stop makes the connection refuse what still comes.
+func (c *conn) stop() { c.stopping.Store(true) }
+
+// stopReading ends the connection after what it is doing, unless workers are busy: then
+// it goes on to refuse what comes, and is asked again.
+func (c *conn) stopReading() {
+	if c.busy.Load() == 0 {
+		_ = c.nc.SetReadDeadline(time.Unix(1, 0)) // only fails if it is closed already
+	}
 }
 
 // abort cuts the connection off.
@@ -76,16 +89,18 @@ func (c *conn) abort() { _ = c.nc.Close() }
 // serve runs the connection to its end. The error says what was wrong, nil
 // after an orderly end. It closes the connection and waits for its workers.
 func (c *conn) serve(ctx context.Context) error {
-	defer func() { _ = c.nc.Close() }() // errors of the stream were seen before
+	defer func() { _ = c.bye() }() // errors of the stream were seen before
 	if err := c.nc.SetReadDeadline(time.Now().Add(or(c.srv.HandshakeTimeout, DefaultHandshakeTimeout))); err != nil {
 		return err
 	}
-	if c.stopping.Load() { // the deadline above may have undone stop's
-		return errStopped
-	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	defer func() { c.export.release() }()
+	defer func() {
+		for _, s := range c.contexts {
+			s.release()
+		}
+		c.export.release()
+	}()
 	chosen, err := c.handshake(ctx)
 	if err != nil {
 		if errors.Is(err, io.EOF) { // port scanners, and clients that only list
@@ -98,9 +113,6 @@ func (c *conn) serve(ctx context.Context) error {
 	}
 	if err := c.nc.SetReadDeadline(time.Time{}); err != nil {
 		return err
-	}
-	if c.stopping.Load() {
-		c.stop() // the deadline above may have undone its
 	}
 	err = c.transmit(ctx)
 	if !errors.Is(err, errStopped) && err != nil {
@@ -153,8 +165,10 @@ func (c *conn) spill(ctx context.Context, n int64, work func(ctx context.Context
 			return err
 		}
 	}
+	c.busy.Add(1)
 	c.workers.Go(func() {
 		defer func() {
+			c.busy.Add(-1)
 			c.budget.Release(n)
 			<-c.slots
 		}()

@@ -98,7 +98,7 @@ func TestUnknownOptionsAreUnsupported(t *testing.T) {
 	socket, _ := start(t, twoExports(t))
 	p := dial(t, "unix", socket)
 	p.hello(3)
-	for _, option := range []uint32{0, 4, 11, 12, 99, math.MaxUint32} {
+	for _, option := range []uint32{0, 4, 12, 99, math.MaxUint32} {
 		if k := last(p.option(option, "some data")); k != repErrUnsupported {
 			t.Errorf("option %d: %#x", option, k)
 		}
@@ -121,7 +121,7 @@ func TestOptionsWithoutDataRefuseSome(t *testing.T) {
 	socket, _ := start(t, twoExports(t))
 	p := dial(t, "unix", socket)
 	p.hello(3)
-	for _, option := range []uint32{3, 8} {
+	for _, option := range []uint32{3, 8, 11} {
 		if k := last(p.option(option, "x")); k != repErrInvalid {
 			t.Errorf("option %d: %#x", option, k)
 		}
@@ -355,19 +355,19 @@ func TestTooManyConnectionsAreTurnedAway(t *testing.T) {
 
 type countingExports struct {
 	*Static
-	looked, released atomic.Int64
+	opened, released atomic.Int64
 }
 
-func (c *countingExports) Lookup(ctx context.Context, name string) (Export, error) {
-	e, err := c.Static.Lookup(ctx, name)
+func (c *countingExports) Open(ctx context.Context, client Client, name string) (Export, error) {
+	e, err := c.Static.Open(ctx, client, name)
 	if err == nil {
-		c.looked.Add(1)
+		c.opened.Add(1)
 		e.Release = func() { c.released.Add(1) }
 	}
 	return e, err
 }
 
-func TestEveryLookupIsReleased(t *testing.T) {
+func TestEveryOpenIsReleased(t *testing.T) {
 	from := &countingExports{Static: static(t, Export{Name: "x", Disk: newMemDisk(4096)})}
 	socket, stop := start(t, &Server{Exports: from})
 	p := dial(t, "unix", socket)
@@ -383,8 +383,8 @@ func TestEveryLookupIsReleased(t *testing.T) {
 	q.putOption(1, "x")
 	q.get(10)
 	stop()
-	if looked, released := from.looked.Load(), from.released.Load(); looked != 4 || released != looked {
-		t.Errorf("%d look-ups, %d released", looked, released)
+	if opened, released := from.opened.Load(), from.released.Load(); opened != 4 || released != opened {
+		t.Errorf("%d opened, %d released", opened, released)
 	}
 }
 

@@ -18,8 +18,8 @@ var (
 	// ErrNotNBD is wrapped when the peer is no NBD server, or one that only
 	// speaks the old style, which has no options.
 	ErrNotNBD = errors.New("no NBD server that can be used")
-	// ErrTLSRequired is wrapped when the server wants TLS first.
-	ErrTLSRequired = errors.New("the server requires TLS")
+	// ErrNeedsTLS is wrapped when the server wants TLS first.
+	ErrNeedsTLS = errors.New("the server requires TLS")
 	// ErrRefused is wrapped when the server refuses the export for another reason.
 	ErrRefused = errors.New("the server refuses")
 )
@@ -52,7 +52,7 @@ const maxClientReplies = 64
 // and all that the kernel's client understands. It reads no byte beyond the negotiation. It ends
 // when ctx does; the connection is the caller's in any case.
 //
-// Errors wrap [ErrNotNBD], [ErrTLSRequired], [ErrRefused], [ErrUnknownExport], [ErrProtocol] or are the
+// Errors wrap [ErrNotNBD], [ErrNeedsTLS], [ErrRefused], [ErrUnknownExport], [ErrProtocol] or are the
 // connection's. Section "Fixed newstyle negotiation".
 func Negotiate(ctx context.Context, c net.Conn, export string) (_ Remote, err error) {
 	if !validString(export) {
@@ -220,7 +220,7 @@ func refusal(kind uint32, export string, message []byte) error {
 	case repErrUnsupported:
 		return errUnsupported
 	case repErrTLSRequired:
-		err = ErrTLSRequired
+		err = ErrNeedsTLS
 	case repErrUnknown:
 		err = fmt.Errorf("%w %.64q", ErrUnknownExport, export)
 	case repErrShutdown:

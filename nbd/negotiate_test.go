@@ -167,7 +167,7 @@ func TestNegotiateRefusesWhatServersShouldNotSay(t *testing.T) {
 		{"HTTP", []byte("HTTP/1.1 400 Bad Request\r\n\r\n"), ErrNotNBD, "HTTP/1.1"},
 		{"old style", wire("NBDMAGIC", uint64(0x00420281861253), uint64(1<<20), uint32(0), make([]byte, 124)), ErrNotNBD, "old protocol"},
 		{"newstyle, not fixed", wire("NBDMAGICIHAVEOPT", uint16(0)), ErrNotNBD, "old protocol"},
-		{"TLS", wire(greeting, optReply(repErrTLSRequired, "use \x1b[31mTLS\n")), ErrTLSRequired, "it says: use [31mTLS"},
+		{"TLS", wire(greeting, optReply(repErrTLSRequired, "use \x1b[31mTLS\n")), ErrNeedsTLS, "it says: use [31mTLS"},
 		{"unknown export", wire(greeting, optReply(repErrUnknown)), ErrUnknownExport, ""},
 		{"policy", wire(greeting, optReply(repErrPolicy, "no")), ErrRefused, "policy"},
 		{"shutdown", wire(greeting, optReply(repErrShutdown)), ErrRefused, "shutting down"},

@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -24,7 +25,9 @@ var ErrWriteTimeout = errors.New("client takes no replies")
 // closes the connection, which wakes the goroutine that reads from it.
 type output struct {
 	mu      sync.Mutex
+	to      io.Writer // conn, or TLS over it
 	conn    net.Conn
+	under   *gathering      // what TLS writes to, which arms the deadline; nil without
 	raw     syscall.RawConn // nil: no sendfile
 	timeout time.Duration
 	armed   time.Time // when the write deadline was last set
@@ -34,7 +37,7 @@ type output struct {
 }
 
 func newOutput(conn net.Conn, timeout time.Duration) *output {
-	o := &output{conn: conn, timeout: timeout}
+	o := &output{to: conn, conn: conn, timeout: timeout}
 	switch c := conn.(type) {
 	case *net.TCPConn:
 		o.raw, _ = c.SyscallConn() // without it there is just no sendfile
@@ -43,6 +46,11 @@ func newOutput(conn net.Conn, timeout time.Duration) *output {
 	}
 	o.bound = o.file.step
 	return o
+}
+
+// newTLSOutput sends over TLS, where the kernel cannot send a file.
+func newTLSOutput(over *tls.Conn, under *gathering) *output {
+	return &output{to: over, conn: under.Conn, under: under, timeout: under.timeout}
 }
 
 // send sends the parts as one message.
@@ -57,7 +65,7 @@ func (o *output) sendLocked(parts ...[]byte) error {
 		for len(p) > 0 && o.err == nil {
 			n := min(len(p), writePiece)
 			if o.err = o.arm(); o.err == nil {
-				_, o.err = o.conn.Write(p[:n])
+				_, o.err = o.to.Write(p[:n])
 			}
 			p = p[n:]
 		}
@@ -68,6 +76,9 @@ func (o *output) sendLocked(parts ...[]byte) error {
 // arm moves the write deadline. It is left alone while most of it remains,
 // because moving it costs as much as a small reply.
 func (o *output) arm() error {
+	if o.under != nil {
+		return nil
+	}
 	now := time.Now()
 	if now.Sub(o.armed) < o.timeout/4 {
 		return nil

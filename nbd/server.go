@@ -25,6 +25,8 @@ const (
 // MaxConnections.
 type Server struct {
 	Exports Exports
+	// TLS says how connections are encrypted; nil: they are not (NOTLS).
+	TLS *TLS
 
 	// HandshakeTimeout is how long a client may take to choose an export.
 	HandshakeTimeout time.Duration
@@ -95,7 +97,7 @@ func (s *Server) accept(ctx, work context.Context, l net.Listener, g *group) err
 		pause = 0
 		if s.conns.Add(1) > int64(or(s.MaxConnections, DefaultMaxConnections)) {
 			s.conns.Add(-1)
-			s.logger().Warn("nbd: too many connections, client turned away", "client", nc.RemoteAddr())
+			s.logger().Warn("nbd: too many connections, client turned away", "client", clientOf(nc))
 			_ = nc.Close()
 			continue
 		}
@@ -105,7 +107,7 @@ func (s *Server) accept(ctx, work context.Context, l net.Listener, g *group) err
 			defer s.conns.Add(-1)
 			defer g.done(c)
 			if err := c.serve(work); err != nil {
-				s.logger().Info("nbd: connection ended", "client", nc.RemoteAddr(), "error", err)
+				s.logger().Info("nbd: connection ended", "client", c.client, "error", err)
 			}
 		}()
 	}
@@ -157,15 +159,26 @@ func (g *group) each(f func(*conn)) {
 // are gone. After the time given it cancels their reads and cuts them off.
 func (g *group) drain(limit time.Duration, cancel func()) {
 	g.each((*conn).stop)
-	cut := make(chan struct{})
-	timer := time.AfterFunc(limit, func() {
-		defer close(cut)
-		cancel()
-		g.each((*conn).abort)
-	})
-	g.wait.Wait()
-	if !timer.Stop() {
-		<-cut
+	gone := make(chan struct{})
+	go func() { defer close(gone); g.wait.Wait() }()
+	cut := time.NewTimer(limit)
+	defer cut.Stop()
+	// Again and again, because some are busy, and one that just enters the
+	// transmission phase removes its deadline.
+	again := time.NewTicker(min(shutdownGrace, limit))
+	defer again.Stop()
+	for {
+		select {
+		case <-gone:
+			return
+		case <-again.C:
+			g.each((*conn).stopReading)
+		case <-cut.C:
+			cancel()
+			g.each((*conn).abort)
+			<-gone
+			return
+		}
 	}
 }
 

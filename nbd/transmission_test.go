@@ -68,8 +68,6 @@ func (h halfFile) File(off, n int64) (uintptr, bool) {
 	return fd, off>>20%2 == 0 && off>>20 == (off+n-1)>>20
 }
 
-// randomRequests sends windows of requests of all kinds that do not overlap
-// within a window, and compares with a model.
 func randomRequests(t *testing.T, network string, d restore.WritableDisk, structured bool) {
 	s := &Server{Exports: static(t, Export{Disk: d}), Workers: 4}
 	address := filepath.Join(t.TempDir(), "s")
@@ -83,9 +81,13 @@ func randomRequests(t *testing.T, network string, d restore.WritableDisk, struct
 	startListener(t, s, l)
 	p := dial(t, network, l.Addr().String())
 	p.enter("", structured)
+	randomRequestsTo(t, p, int(d.Size()), structured)
+}
 
+// randomRequestsTo sends windows of requests of all kinds that do not overlap
+// within a window, and compares with a model.
+func randomRequestsTo(t *testing.T, p *peer, size int, structured bool) {
 	rng := rand.New(rand.NewPCG(1, 2))
-	size := int(d.Size())
 	model := make([]byte, size)
 	const window = 8
 	for range 60 {

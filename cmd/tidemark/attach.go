@@ -129,7 +129,7 @@ func (o attachOptions) servePoint(c *cobra.Command, g *globals, k kernel.Options
 		return err
 	}
 	defer func() { err = errors.Join(err, repo.Close()) }()
-	p, err := findBootable(c.Context(), cat, ref)
+	p, err := cat.FindBootable(c.Context(), ref)
 	if err != nil {
 		return err
 	}

@@ -80,7 +80,7 @@ func message(err error) string {
 		{kernel.ErrNoDriver, "`modprobe nbd` loads it, if this kernel has it; `tidemark export` serves the disk to QEMU, nbdcopy and others without it"},
 		{kernel.ErrPermission, "run it as root, or with sudo"},
 		{kernel.ErrBusy, "choose another --device, or give none; `tidemark detach` detaches it"},
-		{nbd.ErrTLSRequired, "the kernel's client has none: let the server listen on a unix socket or a tunnel"},
+		{nbd.ErrNeedsTLS, "the kernel's client has none: let the server listen on a unix socket or a tunnel"},
 		{store.ErrPinned, "`tidemark unpin NAME@POINT` lets it be forgotten"},
 		{store.ErrGivenUp, "the next backup makes a new point; if backups take longer, give `tidemark gc --give-up` more time"},
 		{store.ErrLocked, "wait for what is running: a backup of this VM, or a garbage collection"},

@@ -103,7 +103,9 @@ func TestConnectSaysAll(t *testing.T) {
 
 func TestControlErrors(t *testing.T) {
 	failing := func(e unix.Errno) *control {
-		return driver(t, func(genetlink.Message, netlink.Message) ([]genetlink.Message, error) { return nil, genltest.Error(int(e)) })
+		return driver(t, func(genetlink.Message, netlink.Message) ([]genetlink.Message, error) {
+			return nil, genltest.Error(int(e))
+		})
 	}
 	if _, err := failing(unix.EBUSY).connect(setup{index: -1}); !errors.Is(err, ErrBusy) {
 		t.Error(err)
@@ -120,7 +122,9 @@ func TestControlErrors(t *testing.T) {
 	if _, err := silent.connect(setup{index: -1}); !errors.Is(err, errAnswer) {
 		t.Error(err)
 	}
-	none := genltest.Dial(func(genetlink.Message, netlink.Message) ([]genetlink.Message, error) { return nil, genltest.Error(int(unix.ENOENT)) })
+	none := genltest.Dial(func(genetlink.Message, netlink.Message) ([]genetlink.Message, error) {
+		return nil, genltest.Error(int(unix.ENOENT))
+	})
 	if _, err := newControl(none); !errors.Is(err, ErrNoDriver) {
 		t.Error(err)
 	}
