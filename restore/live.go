@@ -52,6 +52,13 @@ var (
 
 // OpenLive opens a block device. While it is open no other can take its name.
 func OpenLive(path string) (_ *Live, err error) {
+	st, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if st.Mode()&(os.ModeDevice|os.ModeCharDevice) != os.ModeDevice {
+		return nil, fmt.Errorf("%s: not a block device", path)
+	}
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECT, 0)
 	if err != nil {
 		return nil, err
@@ -61,13 +68,6 @@ func OpenLive(path string) (_ *Live, err error) {
 			_ = f.Close() // only read from
 		}
 	}()
-	st, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if st.Mode()&(os.ModeDevice|os.ModeCharDevice) != os.ModeDevice {
-		return nil, fmt.Errorf("%s: not a block device", path)
-	}
 	size, err := f.Seek(0, io.SeekEnd)
 	if err != nil {
 		return nil, fmt.Errorf("%s: size: %w", path, err)
