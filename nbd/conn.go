@@ -36,10 +36,14 @@ type conn struct {
 	nc     net.Conn
 	bye    func() error // closes nc, with TLS's last words
 	client Client
+	share  *share
+	began  time.Time
 	in     input
 	out    *output
 
 	stopping atomic.Bool
+	decided  atomic.Bool           // an export was chosen
+	cause    atomic.Pointer[error] // why the server has cut it off
 
 	// What the handshake agreed on; constant afterwards.
 	export     Export
@@ -62,8 +66,9 @@ type conn struct {
 }
 
 func newConn(s *Server, nc net.Conn) *conn {
-	c := &conn{srv: s, nc: nc, client: clientOf(nc), out: newOutput(nc, or(s.WriteTimeout, DefaultWriteTimeout))}
+	c := &conn{srv: s, nc: nc, client: clientOf(nc), began: time.Now(), out: newOutput(nc, or(s.WriteTimeout, DefaultWriteTimeout))}
 	c.bye = nc.Close
+	c.slots = make(chan struct{}, or(s.Workers, DefaultWorkers))
 	c.in = input{from: nc, buf: make([]byte, handshakeBuffer), before: c.flush}
 	return c
 }
@@ -86,9 +91,23 @@ func (c *conn) stopReading() {
 // abort cuts the connection off.
 func (c *conn) abort() { _ = c.nc.Close() }
 
+// cutOff aborts it for a reason.
+func (c *conn) cutOff(why error) {
+	c.cause.CompareAndSwap(nil, &why)
+	c.abort()
+}
+
 // serve runs the connection to its end. The error says what was wrong, nil
 // after an orderly end. It closes the connection and waits for its workers.
 func (c *conn) serve(ctx context.Context) error {
+	err := c.run(ctx)
+	if cause := c.cause.Load(); cause != nil {
+		return *cause
+	}
+	return err
+}
+
+func (c *conn) run(ctx context.Context) error {
 	defer func() { _ = c.bye() }() // errors of the stream were seen before
 	if err := c.nc.SetReadDeadline(time.Now().Add(or(c.srv.HandshakeTimeout, DefaultHandshakeTimeout))); err != nil {
 		return err
@@ -114,7 +133,13 @@ func (c *conn) serve(ctx context.Context) error {
 	if err := c.nc.SetReadDeadline(time.Time{}); err != nil {
 		return err
 	}
+	c.out.ended = cancel // what is read for nobody, or waits to be, need not be
 	err = c.transmit(ctx)
+	if errors.Is(err, context.Canceled) {
+		if failure := c.out.failure(); failure != nil {
+			err = failure
+		}
+	}
 	if !errors.Is(err, errStopped) && err != nil {
 		cancel() // nobody waits for the reads any more
 	}
@@ -165,10 +190,27 @@ func (c *conn) spill(ctx context.Context, n int64, work func(ctx context.Context
 			return err
 		}
 	}
+	// The first one of a connection may hold a piece that the server's limits do
+	// not count, so that nobody is kept waiting by what others hold.
+	counted := len(c.slots) > 1 || n > ownPiece
+	if counted && !c.srv.shares.tryAcquire(c.share, n) {
+		err := c.flush()
+		if err == nil {
+			err = c.srv.shares.acquire(ctx, c.share, n)
+		}
+		if err != nil {
+			c.budget.Release(n)
+			<-c.slots
+			return err
+		}
+	}
 	c.busy.Add(1)
 	c.workers.Go(func() {
 		defer func() {
 			c.busy.Add(-1)
+			if counted {
+				c.srv.shares.release(c.share, n)
+			}
 			c.budget.Release(n)
 			<-c.slots
 		}()

@@ -289,6 +289,7 @@ func (n *negotiation) choose(e Export, isSelected bool) {
 		c.contexts, n.selected = n.selected.contexts, selection{}
 	}
 	c.export = e
+	c.decided.Store(true)
 	c.disk, c.writable, c.size = e.Disk, e.writable(), e.Disk.Size()
 	c.cancelable, _ = e.Disk.(restore.ReaderAtContext)
 	if c.out.canSendFile() {

@@ -7,6 +7,7 @@ import (
 	"math"
 	"net"
 	"runtime"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -237,43 +238,49 @@ func TestDefaultExportIsTheOnlyOne(t *testing.T) {
 
 func TestMetaContexts(t *testing.T) {
 	socket, _ := start(t, twoExports(t))
-	query := func(export string, queries ...string) []byte {
-		b := wire(uint32(len(export)), export, uint32(len(queries)))
-		for _, q := range queries {
-			b = wire(b, uint32(len(q)), q)
-		}
-		return b
-	}
 	p := dial(t, "unix", socket)
 	p.hello(3)
 	for _, option := range []uint32{9, 10} {
-		if k := last(p.option(option, query("a"))); k != repErrInvalid {
+		if k := last(p.option(option, metaData("a"))); k != repErrInvalid {
 			t.Errorf("option %d before structured replies: %#x", option, k)
 		}
 	}
-	p.option(8)
+	p.agree(structuredHeaders)
+	const depth = "qemu:allocation-depth"
 	for _, c := range []struct {
 		option  uint32
 		queries []string
-		found   bool
+		found   []string
 	}{
-		{9, nil, true},
-		{9, []string{"base:"}, true},
-		{9, []string{"base:allocation"}, true},
-		{9, []string{"base:other", "x-foo:bar", "nonsense"}, false},
-		{10, nil, false},
-		{10, []string{"base:"}, false},
-		{10, []string{"qemu:dirty-bitmap:x"}, false},
-		{10, []string{"x-foo:bar", "base:allocation"}, true},
+		{9, nil, []string{"base:allocation", depth}},
+		{9, []string{"base:"}, []string{"base:allocation"}},
+		{9, []string{"base:allocation"}, []string{"base:allocation"}},
+		{9, []string{"qemu:"}, []string{depth}},
+		{9, []string{depth, depth, "qemu:"}, []string{depth}},
+		{9, []string{"qemu:dirty-bitmap:", "qemu:dirty-bitmap:x"}, nil},
+		{9, []string{"base:other", "x-foo:bar", "nonsense"}, nil},
+		{10, nil, nil},
+		{10, []string{"base:", "qemu:", "qemu:dirty-bitmap:"}, nil},
+		{10, []string{"qemu:dirty-bitmap:x"}, nil},
+		{10, []string{"x-foo:bar", "base:allocation", "base:allocation"}, []string{"base:allocation"}},
+		{10, []string{depth, "base:allocation"}, []string{depth, "base:allocation"}},
 	} {
-		replies := p.option(c.option, query("a", c.queries...))
-		if last(replies) != repAck || len(replies) != 1 && !c.found || len(replies) != 2 && c.found {
-			t.Errorf("option %d %q: %d replies, last %#x", c.option, c.queries, len(replies), last(replies))
-		} else if c.found && string(replies[0].data[4:]) != "base:allocation" {
-			t.Errorf("option %d %q: context %q", c.option, c.queries, replies[0].data)
+		replies := p.option(c.option, metaData("a", c.queries...))
+		var found []string
+		for i, r := range replies[:len(replies)-1] {
+			found = append(found, string(r.data[4:]))
+			if id := be32(r.data); c.option == 9 && id != 0 || c.option == 10 && id != uint32(i+1) {
+				t.Errorf("option %d %q: ID %d", c.option, c.queries, id)
+			}
+		}
+		if last(replies) != repAck || !slices.Equal(found, c.found) {
+			t.Errorf("option %d %q: %q, last %#x", c.option, c.queries, found, last(replies))
 		}
 	}
-	if k := last(p.option(10, query("missing", "base:allocation"))); k != repErrUnknown {
+	if k := last(p.option(10, metaData("a", make([]string, maxContexts+1)...))); k != repErrTooBig {
+		t.Errorf("too many queries: %#x", k)
+	}
+	if k := last(p.option(10, metaData("missing", "base:allocation"))); k != repErrUnknown {
 		t.Errorf("missing export: %#x", k)
 	}
 	// The failed selection above cleared the one before.
@@ -288,7 +295,7 @@ func TestMetaContextOfAnotherExportDoesNotCount(t *testing.T) {
 	socket, _ := start(t, twoExports(t))
 	p := dial(t, "unix", socket)
 	p.hello(3)
-	p.option(8)
+	p.agree(structuredHeaders)
 	p.option(10, uint32(1), "b", uint32(1), uint32(15), "base:allocation")
 	p.option(7, goData("a"))
 	p.request(0, cmdBlockStatus, 1, 0, 4096)
@@ -372,7 +379,7 @@ func TestEveryOpenIsReleased(t *testing.T) {
 	socket, stop := start(t, &Server{Exports: from})
 	p := dial(t, "unix", socket)
 	p.hello(3)
-	p.option(8)
+	p.agree(structuredHeaders)
 	p.option(6, goData("x"))
 	p.option(10, uint32(1), "x", uint32(1), uint32(15), "base:allocation")
 	p.option(7, goData(""))

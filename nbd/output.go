@@ -32,6 +32,7 @@ type output struct {
 	timeout time.Duration
 	armed   time.Time // when the write deadline was last set
 	err     error
+	ended   func() // called at the first error, unless nil
 	file    fileSend
 	bound   func(uintptr) bool // o.file.step, bound once
 }
@@ -96,6 +97,16 @@ func (o *output) check() error {
 		o.err = fmt.Errorf("%w for %v", ErrWriteTimeout, o.timeout)
 	}
 	_ = o.conn.Close() // the stream is torn: there is nothing to close cleanly
+	if o.ended != nil {
+		o.ended()
+	}
+	return o.err
+}
+
+// failure is the first error, nil if there was none.
+func (o *output) failure() error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
 	return o.err
 }
 

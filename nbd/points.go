@@ -33,6 +33,7 @@ const (
 type Points struct {
 	catalog *restore.Catalog
 	vms     []string // nil: all
+	limit   int      // of a list
 
 	mu    sync.Mutex
 	open  map[string]*openDisk             // by the name with the whole ID
@@ -57,7 +58,7 @@ type listedDisk struct {
 // NewPoints makes exports of the points of these VMs; of all, those still to come too,
 // if none is named.
 func NewPoints(catalog *restore.Catalog, vms ...string) *Points {
-	return &Points{catalog: catalog, vms: vms, open: map[string]*openDisk{}}
+	return &Points{catalog: catalog, vms: vms, limit: maxListed, open: map[string]*openDisk{}}
 }
 
 // Open implements [Exports]. A point that is offered by its ID only is unknown under
@@ -136,7 +137,7 @@ func (s *Points) List(ctx context.Context, _ Client) ([]Listing, error) {
 	var list []Listing
 	seen := map[restore.PointInfo]listedDisk{}
 	for i, vm := range vms {
-		share := (maxListed - len(list)) / (len(vms) - i)
+		share := (s.limit - len(list)) / (len(vms) - i)
 		of, err := s.listVM(ctx, vm, share, seen)
 		if err != nil {
 			return nil, err

@@ -14,6 +14,9 @@ import (
 // text, in the one way that knows no error reply.
 var ErrTLSRequired = errors.New("client does not use TLS, which is required")
 
+// errTLS is wrapped when the client and the server do not come to terms.
+var errTLS = errors.New("TLS")
+
 // TLS makes a server offer encryption, section "TLS support".
 type TLS struct {
 	// Required answers every option before TLS with an error (FORCEDTLS). Else
@@ -65,7 +68,7 @@ func (n *negotiation) encrypt(ctx context.Context, config *tls.Config) error {
 	under := &gathering{Conn: c.nc, timeout: or(c.srv.WriteTimeout, DefaultWriteTimeout)}
 	over := tls.Server(under, config)
 	if err := over.HandshakeContext(ctx); err != nil {
-		return fmt.Errorf("TLS: %w", err)
+		return fmt.Errorf("%w: %w", errTLS, err)
 	}
 	c.in.from = over
 	c.out = newTLSOutput(over, under)

@@ -375,7 +375,7 @@ func TestClientThatTakesNoRepliesIsCutOffOverTLS(t *testing.T) {
 	for i := range uint64(4) {
 		p.request(0, cmdRead, i, 0, 16<<20)
 	}
-	eventually(t, "it is cut off", func() bool { return s.conns.Load() == 0 })
+	eventually(t, "it is cut off", func() bool { return connections(s) == 0 })
 	stop()
 }
 
@@ -490,12 +490,14 @@ func TestFoldersOfCertificatesThatAreWrong(t *testing.T) {
 		verify bool
 		want   string // "" is no error
 	}{
-		"good":                    {func(string) {}, true, ""},
-		"empty":                   {func(dir string) { _ = os.RemoveAll(dir); _ = os.Mkdir(dir, 0o700) }, true, "no such file"},
-		"no authority":            {func(dir string) { _ = os.Remove(filepath.Join(dir, caFile)) }, true, caFile},
-		"no authority needed":     {func(dir string) { _ = os.Remove(filepath.Join(dir, caFile)) }, false, ""},
-		"authority is no PEM":     {func(dir string) { put(t, dir, caFile, []byte("x")) }, false, "no PEM block"},
-		"authority is rubbish":    {func(dir string) { put(t, dir, caFile, []byte("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")) }, true, caFile},
+		"good":                {func(string) {}, true, ""},
+		"empty":               {func(dir string) { _ = os.RemoveAll(dir); _ = os.Mkdir(dir, 0o700) }, true, "no such file"},
+		"no authority":        {func(dir string) { _ = os.Remove(filepath.Join(dir, caFile)) }, true, caFile},
+		"no authority needed": {func(dir string) { _ = os.Remove(filepath.Join(dir, caFile)) }, false, ""},
+		"authority is no PEM": {func(dir string) { put(t, dir, caFile, []byte("x")) }, false, "no PEM block"},
+		"authority is rubbish": {func(dir string) {
+			put(t, dir, caFile, []byte("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"))
+		}, true, caFile},
 		"expired":                 {func(dir string) { putPair(t, dir, "server", old) }, true, "is valid from"},
 		"keys instead":            {func(dir string) { _ = os.Remove(filepath.Join(dir, certFile)); put(t, dir, pskFile, []byte("me:00")) }, true, "pre-shared keys"},
 		"list of revoked is none": {func(dir string) { put(t, dir, crlFile, []byte("x")) }, true, crlFile},

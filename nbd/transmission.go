@@ -16,7 +16,6 @@ import (
 func (c *conn) transmit(ctx context.Context) error {
 	c.in.grow(inputBuffer)
 	c.batch = make([]byte, 0, batchSize)
-	c.slots = make(chan struct{}, or(c.srv.Workers, DefaultWorkers))
 	c.inFlight = max(or(c.srv.MaxInFlight, DefaultMaxInFlight), c.srv.buffers.cost(maxPayload))
 	c.budget = semaphore.NewWeighted(c.inFlight)
 	length, decode := requestLength, decodeRequest
@@ -24,6 +23,7 @@ func (c *conn) transmit(ctx context.Context) error {
 		length, decode = extendedRequestLength, decodeExtended
 	}
 	for {
+		c.in.next()
 		p, err := c.in.peek(length)
 		if err != nil {
 			if c.stopping.Load() && errors.Is(err, os.ErrDeadlineExceeded) {
@@ -31,6 +31,7 @@ func (c *conn) transmit(ctx context.Context) error {
 			}
 			return err
 		}
+		c.in.begun()
 		r, ok := decode(p)
 		c.in.skip(length)
 		if !ok {

@@ -32,8 +32,8 @@ func (m *Map) Diff(ctx context.Context, old *Map, from, to int64) iter.Seq2[Run,
 				b = children(0)
 			}
 		}
-		if err == nil {
-			err = d.walk(ctx, a.level, a, b, 0)
+		if err == nil && a.ref.Hash != b.ref.Hash {
+			err = d.walk(ctx, a.level, []pair{{a, b, 0}})
 		}
 		j.finish(0, err)
 	}
@@ -75,58 +75,77 @@ type differ struct {
 	*joiner
 }
 
-func (d *differ) walk(ctx context.Context, level int, a, b subtree, first int64) error {
-	// Equal hashes mean equal content, wherever it lies. (A node's hash covers
-	// its level.)
-	if a.ref.Hash == b.ref.Hash {
-		return nil
-	}
-	if level < 0 {
-		d.add(first, a.ref.IsZero())
-		return nil
-	}
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	as, err := a.children(ctx, d.ra, level)
-	if err != nil {
-		return err
-	}
-	bs, err := b.children(ctx, d.rb, level)
-	if err != nil {
-		return err
-	}
-	lo, hi := within(level, first, d.from, d.to)
-	loaded := lo
-	for i := lo; i < hi && !d.stopped; i++ {
-		ca, cb := as(i), bs(i)
-		if level > 0 && i >= loaded && ca.ref.Hash != cb.ref.Hash {
-			loaded = d.load(ctx, level, i, hi, as, bs)
+// pair is the same part of both maps, which differs; first is its first grain.
+type pair struct {
+	a, b  subtree
+	first int64
+}
+
+// walk reports what differs below the pairs, which are nodes of one level, ascending.
+func (d *differ) walk(ctx context.Context, level int, pairs []pair) error {
+	for len(pairs) > 0 && !d.stopped {
+		if err := ctx.Err(); err != nil {
+			return err
 		}
-		if err := d.walk(ctx, level-1, ca, cb, first+int64(i)*span(level)); err != nil {
+		// More and more of them: the first difference may be all that is wanted.
+		some := pairs[:min(d.ahead(), len(pairs))]
+		pairs = pairs[len(some):]
+		d.load(ctx, level, some)
+		below, err := d.expand(ctx, level, some)
+		if level > 0 {
+			if err := d.walk(ctx, level-1, below); err != nil {
+				return err
+			}
+		}
+		if err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// load brings the next children of [i, hi) that differ into the cache, and returns
-// where those begin that it did not look at.
-func (d *differ) load(ctx context.Context, level, i, hi int, as, bs func(int) subtree) int {
+// expand returns the children of pairs that differ; leaves are reported instead. With an
+// error come those before it.
+func (d *differ) expand(ctx context.Context, level int, pairs []pair) (below []pair, err error) {
+	for _, p := range pairs {
+		as, err := p.a.children(ctx, d.ra, level)
+		if err != nil {
+			return below, err
+		}
+		bs, err := p.b.children(ctx, d.rb, level)
+		if err != nil {
+			return below, err
+		}
+		lo, hi := within(level, p.first, d.from, d.to)
+		for i := lo; i < hi && !d.stopped; i++ {
+			a, b := as(i), bs(i)
+			switch at := p.first + int64(i)*span(level); {
+			case a.ref.Hash == b.ref.Hash:
+				// Equal hashes mean equal content, wherever it lies. (A node's
+				// hash covers its level.)
+			case level == 0:
+				d.add(at, a.ref.IsZero())
+			default:
+				below = append(below, pair{a, b, at})
+			}
+		}
+	}
+	return below, nil
+}
+
+// load brings the nodes of pairs into the cache.
+func (d *differ) load(ctx context.Context, level int, pairs []pair) {
 	var ra, rb []Ref
-	// More and more of them: the first difference may be all that is wanted.
-	for left := d.ahead(); i < hi && left > 0; i++ {
-		ca, cb := as(i), bs(i)
-		if ca.ref.Hash == cb.ref.Hash {
-			continue
+	for _, p := range pairs {
+		if !p.a.ref.IsZero() && p.a.level == level {
+			ra = append(ra, p.a.ref)
 		}
-		left--
-		if !ca.ref.IsZero() && ca.level == level-1 {
-			ra = append(ra, ca.ref)
+		if !p.b.ref.IsZero() && p.b.level == level {
+			rb = append(rb, p.b.ref)
 		}
-		if !cb.ref.IsZero() && cb.level == level-1 {
-			rb = append(rb, cb.ref)
-		}
+	}
+	if d.ra == d.rb {
+		ra, rb = append(ra, rb...), nil
 	}
 	if len(ra) > 1 {
 		d.ra.loadNodes(ctx, ra)
@@ -134,5 +153,4 @@ func (d *differ) load(ctx context.Context, level, i, hi int, as, bs func(int) su
 	if len(rb) > 1 {
 		d.rb.loadNodes(ctx, rb)
 	}
-	return i
 }

@@ -192,14 +192,11 @@ func (o attachOptions) attach(c *cobra.Command, g *globals, k kernel.Options, wh
 		verb = "is again"
 	}
 	err = g.say(c, info, "%s %s %s, %s, %s, %d connections", info.Device, verb, info.What, mode, size(info.Size), info.Connections)
-	if err == nil {
-		err = d.Keep(c.Context())
-	}
-	if err == nil {
-		return d.Close() // somebody has detached it
-	}
-	if c.Context().Err() == nil {
+	if err != nil { // nobody knows of it
 		return errors.Join(err, d.Detach())
+	}
+	if d.Keep(c.Context()) == nil {
+		return d.Close() // somebody has detached it
 	}
 	return detachUnused(d)
 }

@@ -220,7 +220,10 @@ func (d *Device) connect(ctx context.Context) error {
 		return err
 	}
 	d.index = index
-	return d.guardIt(ctx)
+	if err := d.guardIt(ctx); err != nil {
+		return errors.Join(err, d.ctl.disconnect(index))
+	}
+	return nil
 }
 
 // guardIt takes the lock of who looks after the device. It is a name that goes with the process.
@@ -291,8 +294,8 @@ func (d *Device) ReadOnly() bool { return d.remote.ReadOnly || d.o.ReadOnly }
 // Resumed tells whether it was attached before and was taken over.
 func (d *Device) Resumed() bool { return d.resumed }
 
-// Keep replaces connections that die, until ctx ends or the device is detached by somebody; then
-// the error is nil. A server that is gone is tried again for as long as the device is there.
+// Keep replaces connections that die, until ctx ends, whose error it returns, or the device is detached by
+// somebody: then it returns nil. A server that is gone is tried again for as long as the device is there.
 func (d *Device) Keep(ctx context.Context) error {
 	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
@@ -306,8 +309,8 @@ func (d *Device) Keep(ctx context.Context) error {
 			died = died || index == d.index || index < 0
 		case <-tick.C:
 		}
-		if there, err := d.ctl.connected(d.index); err != nil || !there {
-			return err
+		if d.gone() {
+			return nil
 		}
 		for died && d.firstDead() >= 0 {
 			err := d.replace(ctx, d.firstDead())
@@ -315,10 +318,7 @@ func (d *Device) Keep(ctx context.Context) error {
 				wait = redialFirst
 				continue
 			}
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
-			if wait == redialFirst {
+			if wait == redialFirst && ctx.Err() == nil {
 				d.o.Note(fmt.Sprintf("%s: the server can't be reached, trying again: %v", d.Path(), err))
 			}
 			select {
@@ -327,12 +327,18 @@ func (d *Device) Keep(ctx context.Context) error {
 			case <-time.After(wait):
 			}
 			wait = min(2*wait, redialMost)
-			if there, err := d.ctl.connected(d.index); err != nil || !there {
-				return err
+			if d.gone() {
+				return nil
 			}
 		}
 		died = died && d.firstDead() >= 0
 	}
+}
+
+// gone tells whether the device is detached. If that can't be told it is not: the next look will tell.
+func (d *Device) gone() bool {
+	there, err := d.ctl.connected(d.index)
+	return err == nil && !there
 }
 
 // firstDead is the first link that is dead, -1 if there is none.

@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -12,11 +13,11 @@ import (
 
 // ParseDevice reads /dev/nbdN, or a link that leads there, and returns N.
 func ParseDevice(path string) (int, error) {
-	real, err := filepath.EvalSymlinks(path)
+	target, err := filepath.EvalSymlinks(path)
 	if err != nil {
-		real = path // devices may come to be by being attached
+		target = path // devices may come to be by being attached
 	}
-	digits, ok := strings.CutPrefix(real, "/dev/nbd")
+	digits, ok := strings.CutPrefix(target, "/dev/nbd")
 	n, err := strconv.ParseUint(digits, 10, 20)
 	if !ok || err != nil || strconv.FormatUint(n, 10) != digits {
 		return 0, fmt.Errorf("%s: not an NBD device: give /dev/nbdN", path)
@@ -59,12 +60,12 @@ func connectionsOf(index int, backend string) int {
 // InUse tells whether the device is mounted, or part of another one.
 func InUse(index int) (bool, error) {
 	fd, err := unix.Open(Path(index), unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0)
-	switch err {
-	case nil:
+	switch {
+	case err == nil:
 		return false, unix.Close(fd)
-	case unix.EBUSY:
+	case errors.Is(err, unix.EBUSY):
 		return true, nil
-	case unix.ENOENT, unix.ENXIO, unix.ENODEV:
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENXIO), errors.Is(err, unix.ENODEV):
 		return false, nil
 	}
 	return false, &os.PathError{Op: "open", Path: Path(index), Err: err}
