@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -229,10 +230,20 @@ func (d *Device) connect(ctx context.Context) error {
 // guardIt takes the lock of who looks after the device. It is a name that goes with the process.
 func (d *Device) guardIt(ctx context.Context) (err error) {
 	var lc net.ListenConfig
-	if d.guard, err = lc.Listen(ctx, "unix", fmt.Sprintf("@tidemark-attach-nbd%d", d.index)); err != nil {
-		return fmt.Errorf("%s: %w: another process looks after it: %w", Path(d.index), ErrBusy, err)
+	for until := time.Now().Add(guardWait); ; {
+		d.guard, err = lc.Listen(ctx, "unix", fmt.Sprintf("@tidemark-attach-nbd%d", d.index))
+		if err == nil {
+			return nil
+		}
+		if time.Now().After(until) || ctx.Err() != nil {
+			d.guard = nil
+			return fmt.Errorf("%s: %w: another process looks after it: %w", Path(d.index), ErrBusy, err)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(lookEvery / 10):
+		}
 	}
-	return nil
 }
 
 // resume takes over a device whose connections are all dead.
@@ -300,7 +311,8 @@ func (d *Device) Keep(ctx context.Context) error {
 	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
 	died := false // without having been told to
-	wait := redialFirst
+	silent := 0   // looks at which all were dead, and nobody said that they died
+	wait, said := redialFirst, ""
 	for {
 		select {
 		case <-ctx.Done():
@@ -308,18 +320,23 @@ func (d *Device) Keep(ctx context.Context) error {
 		case index := <-d.events:
 			died = died || index == d.index || index < 0
 		case <-tick.C:
+			if silent++; died || !d.allDead() {
+				silent = 0
+			}
 		}
-		if d.gone() {
+		// Somebody else may have attached it again since.
+		if d.gone() || silent >= silentLooks {
 			return nil
 		}
 		for died && d.firstDead() >= 0 {
 			err := d.replace(ctx, d.firstDead())
 			if err == nil {
-				wait = redialFirst
+				wait, said = redialFirst, ""
 				continue
 			}
-			if wait == redialFirst && ctx.Err() == nil {
-				d.o.Note(fmt.Sprintf("%s: the server can't be reached, trying again: %v", d.Path(), err))
+			if text := err.Error(); text != said && ctx.Err() == nil {
+				d.o.Note(fmt.Sprintf("%s: the server can't be reached, trying again: %s", d.Path(), text))
+				said = text
 			}
 			select {
 			case <-ctx.Done():
@@ -339,6 +356,11 @@ func (d *Device) Keep(ctx context.Context) error {
 func (d *Device) gone() bool {
 	there, err := d.ctl.connected(d.index)
 	return err == nil && !there
+}
+
+// allDead tells whether the driver has given up all links.
+func (d *Device) allDead() bool {
+	return !slices.ContainsFunc(d.links, func(l link) bool { return !l.dead() })
 }
 
 // firstDead is the first link that is dead, -1 if there is none.

@@ -47,6 +47,9 @@ func attach(t *testing.T, o Options) (d *Device, kept <-chan error, notes *notes
 	go func() {
 		defer close(ended)
 		err := d.Keep(ctx)
+		if err == nil { // as a command does, so that others can have it
+			_ = d.guard.Close()
+		}
 		if err != nil && ctx.Err() == nil {
 			t.Errorf("Keep: %v", err)
 		}
@@ -260,6 +263,7 @@ func writer(t *testing.T, path string, size int64) (stop func() (rounds int, lon
 	stop = func() (int, time.Duration) {
 		once.Do(func() { close(quit) })
 		<-done
+		_ = f.Close() // a device that is open stays a while after it was detached
 		return rounds, longest
 	}
 	return stop
@@ -414,7 +418,7 @@ func TestDetachedWhileAsking(t *testing.T) {
 		t.Error(err)
 	}
 	t.Logf("all failed %v after the device was detached", time.Since(begin))
-	// The server serves on.
+	// The server serves on, and the device can be had again.
 	src.hang.Store(nil)
 	e, _, _ := attach(t, Options{Index: -1, Dial: s.dial})
 	same(t, e.Path(), src)
