@@ -30,6 +30,11 @@ const (
 	negotiateTimeout = 30 * time.Second
 	// lookEvery is how often a device is looked at besides when an event tells to.
 	lookEvery = time.Second
+	// silentLooks is at how many of them in a row a device must be dead in silence to count as detached. The
+	// event comes at once if it is not.
+	silentLooks = 3
+	// guardWait is how long whoever had looked after a device may take to see that it was detached.
+	guardWait = 2 * silentLooks * lookEvery
 	// redialFirst and redialMost bound the time between attempts to reach a server that is gone.
 	redialFirst, redialMost = 100 * time.Millisecond, time.Second
 	// pageSize is the kernel's largest logical block here.
