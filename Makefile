@@ -7,7 +7,7 @@ LINT     = $(GO) tool -modfile=tools/go.mod golangci-lint
 FUZZTIME ?= 30s
 comma := ,
 
-.PHONY: all build demo test deps generate check-generate lint unit fuzz bench bench-tracking bench-tracking-vm bench-incremental bench-repository bench-scale truth campaign vmtest vmtest-files matrix crash flood model clean help
+.PHONY: all build demo test deps generate check-generate lint unit fuzz bench bench-tracking bench-tracking-vm bench-incremental bench-repository bench-scale truth campaign vmtest vmtest-files vmtest-nbd matrix crash flood model clean help
 
 all: build
 
@@ -114,6 +114,15 @@ vmtest-files: ## image files on ext4, xfs and btrfs under a Debian kernel in QEM
 	$(GO) run ./test/vm/cmd/vmtest -kernel $(or $(KERNEL),linux-image-cloud-amd64) -timeout 80m -memory 2048 -modules virtio_pci,virtio_blk,virtio_rng,loop,dm-mod,dm-delay,xfs,btrfs \
 	  $(foreach t,fio losetup sfdisk partx blkdiscard dmsetup mkfs.ext4 mkfs.xfs mkfs.btrfs xfs_io chattr,-tool $$(PATH=$$PATH:/usr/sbin:/sbin command -v $t)) \
 	  bin/cbt.test -test.v -test.run '^TestFile' -test.timeout 60m -- bin/agent.test -test.v -test.run 'Image' -test.timeout 15m
+
+vmtest-nbd: ## attach: the kernel's NBD client under a Debian kernel in QEMU: 5 minutes emulated (KERNEL=package SUITE=suite)
+	test/deps.sh build run
+	mkdir -p bin
+	CGO_ENABLED=0 $(GO) test -c -o bin/kernel.test ./nbd/kernel
+	CGO_ENABLED=0 $(GO) test -c -o bin/tidemark.test ./cmd/tidemark
+	$(GO) run ./test/vm/cmd/vmtest -kernel $(or $(KERNEL),linux-image-cloud-amd64) $(if $(SUITE),-suite $(SUITE)) -timeout 25m -memory 2048 -modules virtio_pci,virtio_blk,virtio_rng,loop,nbd \
+	  $(foreach t,nbd-client fio mkfs.ext4 e2fsck losetup mount,-tool $$(PATH=$$PATH:/usr/sbin:/sbin command -v $t)) \
+	  bin/kernel.test -test.v -test.timeout 10m -- bin/tidemark.test -test.v -test.run 'Attach' -test.timeout 12m
 
 # Each operation of store/killed_test.go; TIDEMARK_TEST_ENCRYPTED makes all repositories of the tests encrypted. OPERATIONS=regexp picks some.
 crash: ## kill -9 and power failures at every moment of every operation that changes a repository, in a folder and on S3, plain and encrypted: 1 hour (OPERATIONS=)

@@ -73,6 +73,7 @@ const (
 	transReadOnly    = 1 << 1
 	transFlush       = 1 << 2
 	transFUA         = 1 << 3
+	transRotational  = 1 << 4
 	transTrim        = 1 << 5
 	transWriteZeroes = 1 << 6
 	transDF          = 1 << 7

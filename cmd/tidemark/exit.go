@@ -8,6 +8,8 @@ import (
 	"github.com/tidemark/tidemark/agent"
 	"github.com/tidemark/tidemark/bpf"
 	"github.com/tidemark/tidemark/cbt"
+	"github.com/tidemark/tidemark/nbd"
+	"github.com/tidemark/tidemark/nbd/kernel"
 	"github.com/tidemark/tidemark/restore"
 	"github.com/tidemark/tidemark/store"
 )
@@ -43,9 +45,10 @@ func exitCode(ctx context.Context, err error) int {
 		return exitUnrecorded // whatever else went wrong
 	case errors.As(err, &usage), errors.Is(err, agent.ErrQuiesceSyntax), errors.Is(err, agent.ErrConfig):
 		return exitUsage
-	case errors.Is(err, bpf.ErrPermission), errors.Is(err, bpf.ErrNoBTF), errors.Is(err, bpf.ErrOldKernel), errors.Is(err, bpf.ErrUntrackable), errors.Is(err, bpf.ErrNoFileHooks), errors.Is(err, errFormat), errors.Is(err, errNoQemuImg):
+	case errors.Is(err, bpf.ErrPermission), errors.Is(err, bpf.ErrNoBTF), errors.Is(err, bpf.ErrOldKernel), errors.Is(err, bpf.ErrUntrackable), errors.Is(err, bpf.ErrNoFileHooks), errors.Is(err, errFormat), errors.Is(err, errNoQemuImg),
+		errors.Is(err, kernel.ErrNoDriver), errors.Is(err, kernel.ErrPermission), errors.Is(err, kernel.ErrGeometry):
 		return exitUnsupported
-	case errors.Is(err, bpf.ErrBusy), errors.Is(err, store.ErrLocked), errors.Is(err, restore.ErrBusy):
+	case errors.Is(err, bpf.ErrBusy), errors.Is(err, store.ErrLocked), errors.Is(err, restore.ErrBusy), errors.Is(err, kernel.ErrBusy):
 		return exitBusy
 	case errors.Is(err, store.ErrKey), errors.Is(err, store.ErrNotEncrypted), errors.Is(err, store.ErrWriterKey):
 		return exitKey
@@ -74,6 +77,10 @@ func message(err error) string {
 		{bpf.ErrUnusable, "what it tracks can be used and saved by the version that attached it alone. The next `tidemark track` or `tidemark backup` of this one attaches its own in its place, and compares each disk once; `tidemark untrack --all` removes it"},
 		{bpf.ErrNotAttached, "`tidemark track DEVICE` attaches it"},
 		{bpf.ErrBusy, "wait for the backup that is running, or see `tidemark status`"},
+		{kernel.ErrNoDriver, "`modprobe nbd` loads it, if this kernel has it; `tidemark export` serves the disk to QEMU, nbdcopy and others without it"},
+		{kernel.ErrPermission, "run it as root, or with sudo"},
+		{kernel.ErrBusy, "choose another --device, or give none; `tidemark detach` detaches it"},
+		{nbd.ErrNeedsTLS, "the kernel's client has none: let the server listen on a unix socket or a tunnel"},
 		{store.ErrPinned, "`tidemark unpin NAME@POINT` lets it be forgotten"},
 		{store.ErrGivenUp, "the next backup makes a new point; if backups take longer, give `tidemark gc --give-up` more time"},
 		{store.ErrLocked, "wait for what is running: a backup of this VM, or a garbage collection"},

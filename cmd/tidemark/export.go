@@ -2,10 +2,12 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"math"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -21,8 +23,8 @@ import (
 func newExport(g *globals) *cobra.Command {
 	var o exportOptions
 	c := &cobra.Command{
-		Use:   "export NAME@POINT | --all | --vm NAME -r REPO --socket PATH | --listen ADDR",
-		Short: "Serve the disks of restore points over NBD",
+		Use:   "export {NAME@POINT | --all | --vm NAME} -r REPO --socket PATH | --listen ADDR\n  tidemark export --live DEVICE [--since ID] --socket PATH | --listen ADDR",
+		Short: "Serve the disks of restore points, or a device with what changed, over NBD",
 		Long: `Serve the disks of a restore point over NBD, as exports called disk0, disk1, ...; a
 client that names none gets the only one. POINT is latest, the start of an ID, or a
 time; only an ID leads to a point that "tidemark repair" found to be damaged.
@@ -40,6 +42,17 @@ What changed since another point of the machine is the metadata context
 qemu:dirty-bitmap:POINT: backup tools that read QEMU's dirty bitmaps can fetch
 increments (docs/nbd.md).
 
+With --live a block device of this host is served, read-only, for backup tools of others: they need no
+repository. Its writes are tracked from the first time on. Each run prints a change ID; given back
+with --since the next time, what changed since is the metadata context qemu:dirty-bitmap:ID. If that
+can't be proven, all counts as changed, and the reason is printed.
+
+The device is read while it is written: what a client reads shows no single instant, unless nothing
+was written meanwhile, which is said at the end. What is written after this command has begun is in the
+next increment. So make the last pull while the guest stands still. Nothing is forgotten when a client or
+this command fails: pull again with the same --since. --commit-on-disconnect, or --commit ID later, forget what changed
+up to there, also for "tidemark backup" of the same device, which compares the whole disk then.
+
 ` + serverHelp,
 		Example: `  tidemark export web1@latest -r /srv/backup --socket /run/web1.sock --writable --overlay web1.overlay
   qemu-system-x86_64 -m 2G -blockdev driver=nbd,node-name=d0,server.type=unix,server.path=/run/web1.sock \
@@ -51,10 +64,18 @@ increments (docs/nbd.md).
   tidemark export web1@latest -r /srv/backup --socket /run/web1.sock --socket-mode 0660 --socket-group kvm
   tidemark export --all -r /srv/backup --socket /run/points.sock
   nbdinfo --list 'nbd+unix:///?socket=/run/points.sock'
-  nbdinfo --map=qemu:dirty-bitmap:3f2a 'nbd+unix:///web1@latest/disk0?socket=/run/points.sock'`,
+  nbdinfo --map=qemu:dirty-bitmap:3f2a 'nbd+unix:///web1@latest/disk0?socket=/run/points.sock'
+  tidemark export --live /dev/vg0/web1 --socket /run/live.sock --json`,
 		Args: args(0, 1),
 		RunE: func(c *cobra.Command, a []string) error {
 			switch several := o.all || len(o.vms) > 0; {
+			case o.live.device != "":
+				if several || len(a) > 0 || o.writable || o.overlay != "" || o.limit != "" || o.disk != -1 {
+					return usageError{errors.New("export: --live takes no point, and no flags of points")}
+				}
+				return o.runLive(c, g)
+			case o.live.given():
+				return usageError{errors.New("export: --since, --commit and --commit-on-disconnect go with --live")}
 			case several && len(a) > 0:
 				return usageError{errors.New("export: give NAME@POINT, or --all or --vm")}
 			case several:
@@ -69,6 +90,7 @@ increments (docs/nbd.md).
 	f := c.Flags()
 	f.BoolVar(&o.all, "all", false, "all points of all machines")
 	f.StringArrayVar(&o.vms, "vm", nil, "all points of this machine; may be given several times")
+	o.live.flags(c)
 	f.IntVar(&o.disk, "disk", -1, "only this disk of the point")
 	f.BoolVar(&o.writable, "writable", false, "let clients write, into an overlay")
 	f.StringVar(&o.limit, "overlay-limit", "", "how much an overlay may hold, such as 20GiB: past it writes fail with \"no space left\"")
@@ -84,21 +106,15 @@ type exportOptions struct {
 	writable       bool
 	all            bool
 	vms            []string
+	live           liveOptions
 }
 
 func (o exportOptions) run(c *cobra.Command, g *globals, ref string) (err error) {
 	if err := o.check("export"); err != nil {
 		return err
 	}
-	if o.overlay != "" && !o.writable {
-		return usageError{errors.New("export: --overlay goes with --writable")}
-	}
-	if o.limit != "" {
-		n, err := humanize.ParseBytes(o.limit)
-		if err != nil || n > math.MaxInt64 || !o.writable {
-			return usageError{fmt.Errorf("export: --overlay-limit %s: a size such as 20GiB, together with --writable", o.limit)}
-		}
-		o.limitBytes = int64(n)
+	if err := o.checkOverlay("export"); err != nil {
+		return err
 	}
 	ctx := c.Context()
 	cat, repo, err := g.catalog(ctx)
@@ -122,20 +138,10 @@ func (o exportOptions) run(c *cobra.Command, g *globals, ref string) (err error)
 	}
 	var exports []nbd.Export
 	for _, i := range disks {
-		d, closer, err := cat.Open(ctx, p, i)
+		e, opened, err := o.open(ctx, cat, p, i, len(disks) > 1)
+		closers = append(closers, opened...)
 		if err != nil {
 			return err
-		}
-		closers = append(closers, closer)
-		e := nbd.Export{Name: p.Disks[i].Name, Description: p.VM + "@" + p.ID + " " + p.Disks[i].Name, Disk: d, ReadOnly: !o.writable,
-			History: nbd.NewHistory(cat, p, p.Disks[i].Name)}
-		if o.writable {
-			ov, err := o.openOverlay(cat, p, i, len(disks) > 1, d)
-			if err != nil {
-				return err
-			}
-			closers = append(closers, ov)
-			e.Disk = ov
 		}
 		exports = append(exports, e)
 	}
@@ -201,11 +207,51 @@ func (o *exportOptions) serve(c *cobra.Command, g *globals, exports nbd.Exports,
 	}
 	if !g.quiet {
 		_, _ = fmt.Fprintf(c.OutOrStdout(), "%s%s\n", what, where)
-		if err := o.openToAll(l); err != nil {
-			_, _ = fmt.Fprintf(c.ErrOrStderr(), "tidemark: %s: %v\n", l.Addr(), err)
-		}
 	}
+	o.warnOpen(c, g, l)
 	return srv.Serve(ctx, l)
+}
+
+// warnOpen says if anybody may read what is served at l.
+func (o *exportOptions) warnOpen(c *cobra.Command, g *globals, l net.Listener) {
+	if err := o.openToAll(l); err != nil && !g.quiet {
+		_, _ = fmt.Fprintf(c.ErrOrStderr(), "tidemark: %s: %v\n", l.Addr(), err)
+	}
+}
+
+// checkOverlay reads the flags that are about the overlay.
+func (o *exportOptions) checkOverlay(command string) error {
+	if o.overlay != "" && !o.writable {
+		return usageError{errors.New(command + ": --overlay goes with --writable")}
+	}
+	if o.limit != "" {
+		n, err := humanize.ParseBytes(o.limit)
+		if err != nil || n > math.MaxInt64 || !o.writable {
+			return usageError{fmt.Errorf("%s: --overlay-limit %s: a size such as 20GiB, together with --writable", command, o.limit)}
+		}
+		o.limitBytes = int64(n)
+	}
+	return nil
+}
+
+// open opens disk i for being served. What it returns to be closed, last one first, is so also after an error.
+func (o exportOptions) open(ctx context.Context, cat *restore.Catalog, p *restore.PointDetails, i int, several bool) (nbd.Export, []io.Closer, error) {
+	d, closer, err := cat.Open(ctx, p, i)
+	if err != nil {
+		return nbd.Export{}, nil, err
+	}
+	closers := []io.Closer{closer}
+	e := nbd.Export{Name: p.Disks[i].Name, Description: p.VM + "@" + p.ID + " " + p.Disks[i].Name, Disk: d, ReadOnly: !o.writable,
+		History: nbd.NewHistory(cat, p, p.Disks[i].Name)}
+	if o.writable {
+		ov, err := o.openOverlay(cat, p, i, several, d)
+		if err != nil {
+			return nbd.Export{}, closers, err
+		}
+		closers = append(closers, ov)
+		e.Disk = ov
+	}
+	return e, closers, nil
 }
 
 // closingDisk is a disk that was opened for the export.

@@ -71,7 +71,7 @@ mounted, exported over NBD and booted at once.`,
 		}
 	}
 	add("backup", newInit(g), newRepo(g), newBackup(g), newAudit(g), newAgent(g))
-	add("use", newPoints(g), newMount(g), newExport(g), newRestore(g), newVerify(g))
+	add("use", newPoints(g), newMount(g), newExport(g), newAttach(g), newDetach(g), newRestore(g), newVerify(g))
 	add("repository", newForget(g), newPin(g), newUnpin(g), newGC(g), newRepair(g), newCopy(g), newStats(g))
 	add("host", newDoctor(g), newTrack(g), newUntrack(g), newSuspend(g), newStatus(g), newHeat(g))
 	root.AddCommand(newVersion(g), newWatchdog(), newExitCodes())
