@@ -80,6 +80,11 @@ func qemuArgs(cfg *Config, disks map[string]Backing) ([]string, error) {
 		if serial != "" {
 			dev += ",serial=" + commas(serial)
 		}
+		if d.Bus != NVMe { // which hands errors to its guest and knows nothing else
+			// A disk that fails for a while pauses its machine: no write is lost, and the
+			// guest goes on where it was once the disk is back.
+			dev += ",werror=stop,rerror=stop"
+		}
 		args = append(args, "-device", dev)
 	}
 	if len(disks) > len(cfg.Disks) {
