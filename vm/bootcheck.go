@@ -120,9 +120,9 @@ func find(text []byte, signs []sign) (name, line string) {
 
 // happened is what the machine did since it was started.
 type happened struct {
-	mu                        sync.Mutex
-	panicked, shutdown, stuck bool
-	resets                    int
+	mu                 sync.Mutex
+	panicked, shutdown bool
+	resets             int
 }
 
 func (h *happened) note(f func()) {
@@ -161,8 +161,6 @@ func CheckBoot(ctx context.Context, m *Machine, console *BootWatch, o CheckOptio
 			Panicked: func() { h.note(func() { h.panicked = true }); notify() },
 			Shutdown: func() { h.note(func() { h.shutdown = true }); notify() },
 			Reset:    func() { h.note(func() { h.resets++ }); notify() },
-			Stalled:  func(Stall) { h.note(func() { h.stuck = true }); notify() },
-			Resumed:  func() { h.note(func() { h.stuck = false }); notify() },
 		})
 	})
 	s := &screens{m: m, file: filepath.Join(m.Dir(), "screen.png")}

@@ -13,7 +13,7 @@ type sign struct {
 var signsOfLife = []sign{
 	{"login prompt", regexp.MustCompile(`(?m)\blogin: ?$`)},
 	{"multi-user target", regexp.MustCompile(`Reached target (multi-user\.target|graphical\.target|.*Multi-User System|.*Graphical Interface)`)},
-	{"Tidemark's test guest", regexp.MustCompile(`TIDEMARK-GUEST (last|complete|bad|missing)`)},
+	{"Tidemark's test guest", regexp.MustCompile(`TIDEMARK-GUEST last \d`)},
 }
 
 // signsOfFailure are what firmware, boot loaders and kernels show when nothing comes after.
@@ -29,4 +29,4 @@ var signsOfFailure = []sign{
 
 // escapes are terminal control sequences (ECMA-48 CSI, OSC, and two-character ones) and
 // the other controls that don't end a line.
-var escapes = regexp.MustCompile("\x1b\\[[0-?]*[ -/]*[@-~]|\x1b\\][^\x07\x1b]*(?:\x07|\x1b\\\\)|\x1b[@-Z\\\\^_a-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+var escapes = regexp.MustCompile("\x1b\\[[0-?]*[ -/]*[@-~]|\x1b\\][^\x07\x1b]*(?:\x07|\x1b\\\\)|\x1b[@-Z\\\\^_a-z]|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]")

@@ -34,6 +34,9 @@ type MachineOptions struct {
 	// Input is typed into that port. Nil: nothing is.
 	Input io.Reader
 
+	// Dir is a private folder with a short name, for sockets and pictures. It is the machine's from now on, and
+	// gone when the machine is, or could not be started. Default: a new one.
+	Dir string
 	// Guard is the program, with first arguments, that ends in [RunGuard].
 	// Default: this program with [GuardCommand].
 	Guard []string
@@ -53,6 +56,9 @@ type Machine struct {
 	stderr  tail
 	done    chan struct{} // closed when all is over; err is set before
 	err     error
+
+	resuming sync.Mutex // held while the guest is resumed or kept paused
+	held     bool
 }
 
 // StartMachine runs a machine until Quit or Kill, the guest's power-off, or the end of
@@ -63,9 +69,11 @@ func StartMachine(ctx context.Context, o MachineOptions) (_ *Machine, err error)
 	if err := o.Config.Validate(); err != nil {
 		return fail(err)
 	}
-	dir, err := os.MkdirTemp("", "tidemark-vm-")
-	if err != nil {
-		return fail(err)
+	dir := o.Dir
+	if dir == "" {
+		if dir, err = os.MkdirTemp("", "tidemark-vm-"); err != nil {
+			return fail(err)
+		}
 	}
 	defer func() {
 		if err != nil {
@@ -423,14 +431,40 @@ func (m *Machine) Watch(ctx context.Context, w Watcher) {
 			}
 		case <-retry:
 			retry = nil
-			if err := m.monitor.Cont(ctx); err == nil {
+			if m.retry(ctx) {
 				settled = time.After(calm)
+			} else {
+				retry = time.After(wait)
 			}
 		case <-settled:
 			settled, stalled, wait = nil, false, firstResume
 			run(w.Resumed)
 		}
 	}
+}
+
+// retry resumes a guest whose disk failed, unless it is to stay paused.
+func (m *Machine) retry(ctx context.Context) bool {
+	m.resuming.Lock()
+	defer m.resuming.Unlock()
+	return !m.held && m.monitor.Cont(ctx) == nil
+}
+
+// Pause stops the guest, until Resume. All that it has written is flushed to its disks then. The context is
+// for the pausing; if it ends first, the guest may be paused, and Resume is still due.
+func (m *Machine) Pause(ctx context.Context) error {
+	m.resuming.Lock()
+	defer m.resuming.Unlock()
+	m.held = true
+	return m.monitor.Stop(ctx)
+}
+
+// Resume lets a paused guest go on.
+func (m *Machine) Resume(ctx context.Context) error {
+	m.resuming.Lock()
+	defer m.resuming.Unlock()
+	m.held = false
+	return m.monitor.Cont(ctx)
 }
 
 func call(f func(Stall), s Stall) {
