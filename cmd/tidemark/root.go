@@ -64,7 +64,7 @@ mounted, exported over NBD and booted at once.`,
 			root.AddCommand(c)
 		}
 	}
-	add("backup", newInit(g), newRepo(g), newBackup(g), newAudit(g), newAgent(g))
+	add("backup", newInit(g), newRepo(g), newBackup(g), newCommit(g), newAudit(g), newAgent(g))
 	add("use", newPoints(g), newMount(g), newExport(g), newBoot(g), newRestore(g), newVerify(g))
 	add("repository", newForget(g), newPin(g), newUnpin(g), newGC(g), newRepair(g), newCopy(g), newStats(g))
 	add("host", newDoctor(g), newTrack(g), newUntrack(g), newSuspend(g), newStatus(g), newHeat(g))
