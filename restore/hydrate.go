@@ -297,4 +297,3 @@ func (h *Hydration) Path() string { return h.path }
 
 // IsDevice tells whether the target is a block device.
 func (h *Hydration) IsDevice() bool { return h.device }
-

@@ -9,9 +9,9 @@ import (
 )
 
 const (
-	hotPiece  = 1 << 20   // bytes that are copied at once, a multiple of every grain
-	dirtyUnit = 64 << 10  // bytes that one mark of a change speaks of
-	maxHot    = 1 << 16   // pieces that wait to be copied before others
+	hotPiece  = 1 << 20  // bytes that are copied at once, a multiple of every grain
+	dirtyUnit = 64 << 10 // bytes that one mark of a change speaks of
+	maxHot    = 1 << 16  // pieces that wait to be copied before others
 	pieceMask = hotPiece / dirtyUnit
 )
 

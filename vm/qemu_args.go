@@ -111,19 +111,22 @@ func qemuArgs(cfg *Config, disks map[string]Backing) ([]string, error) {
 func blockdev(node string, b Backing) (string, error) {
 	opts := map[string]any{"node-name": node, "read-only": b.ReadOnly, "discard": "unmap"}
 	switch {
-	case !filepath.IsAbs(b.NBD + b.Device): // of which one is empty
+	case !filepath.IsAbs(b.NBD + b.Device + b.File): // of which two are empty
 		return "", fmt.Errorf("%w: a backing is an absolute path", ErrInvalid)
-	case b.NBD != "" && b.Device == "":
+	case b.NBD != "" && b.Device == "" && b.File == "":
 		opts["driver"] = "nbd"
 		opts["server"] = map[string]string{"type": "unix", "path": b.NBD}
 		opts["export"] = b.Export
-	case b.Device != "" && b.NBD == "" && b.Export == "":
+	case b.File != "" && b.NBD == "" && b.Device == "" && b.Export == "":
+		opts["driver"] = "file"
+		opts["filename"] = b.File
+	case b.Device != "" && b.NBD == "" && b.File == "" && b.Export == "":
 		opts["driver"] = "host_device"
 		opts["filename"] = b.Device
 		// Past the host's page cache, where writes would wait unseen.
 		opts["cache"] = map[string]bool{"direct": true}
 	default:
-		return "", fmt.Errorf("%w: a backing is either an NBD socket or a device", ErrInvalid)
+		return "", fmt.Errorf("%w: a backing is an NBD socket, a device or a file", ErrInvalid)
 	}
 	j, err := json.Marshal(opts)
 	return string(j), err

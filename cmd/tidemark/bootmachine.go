@@ -24,10 +24,10 @@ const (
 
 // machineOptions are the flags by which a machine differs from its configuration.
 type machineOptions struct {
-	name, memory, bus, firmware    string
-	kernel, initrd, append         string
-	network, vnc, display, accel   string
-	cpus                           int
+	name, memory, bus, firmware  string
+	kernel, initrd, append       string
+	network, vnc, display, accel string
+	cpus                         int
 }
 
 func (o *machineOptions) flags(f *pflag.FlagSet) {

@@ -171,10 +171,16 @@ func (r *bootRig) runs(text string) bool {
 func (r *bootRig) gone() {
 	r.t.Helper()
 	var left []string
-	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
 		left, _ = filepath.Glob(r.path("tidemark-*"))
 		if !r.runs(r.path("tidemark-boot-")) && len(left) == 0 {
 			return
+		}
+	}
+	all, _ := exec.Command("ps", "-eo", "pid,ppid,stat,wchan:20,args").Output()
+	for line := range strings.Lines(string(all)) {
+		if strings.Contains(line, r.dir) {
+			r.t.Log(line[:min(len(line), 200)])
 		}
 	}
 	r.t.Fatalf("a killed boot left %v, or its QEMU", left)
