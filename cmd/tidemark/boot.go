@@ -54,6 +54,7 @@ failed, and keeps the verdict, the console's text and a picture of the screen be
 		RunE: func(c *cobra.Command, a []string) error { return o.run(c, g, a[0]) },
 	}
 	o.flags(c.Flags())
+	c.ValidArgsFunction = g.completePoint
 	return c
 }
 
