@@ -145,6 +145,7 @@ func (o *bootOptions) run(c *cobra.Command, g *globals, ref string) (err error) 
 // booting are a point's disks, served to one machine.
 type booting struct {
 	dir      string // the machine's, with the socket in it
+	goesOn   bool   // the machine outlives this process, and its folder with it
 	disks    []bootDisk
 	backings map[string]vm.Backing
 	stop     context.CancelFunc
@@ -232,6 +233,9 @@ func (b *booting) close() error {
 			err = errors.Join(err, d.closers[i].Close())
 		}
 	}
+	if b.goesOn {
+		return err
+	}
 	return errors.Join(err, os.RemoveAll(b.dir))
 }
 
@@ -289,7 +293,8 @@ func (o *bootOptions) runConsole(c *cobra.Command, g *globals, p *restore.PointD
 	stop()
 	work.Wait() // before the end is decided: it may be pivoting
 	if h.isOver() && ctx.Err() != nil {
-		log.say("the VM goes on")
+		b.goesOn = true
+		log.say("the VM goes on; QEMU's monitor (QMP) is %s", filepath.Join(b.dir, "qmp"))
 	} else {
 		err = errors.Join(h.m.Quit(context.WithoutCancel(ctx)), h.m.Err())
 	}
