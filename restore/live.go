@@ -2,6 +2,7 @@ package restore
 
 import (
 	"context"
+	"errors"
 	"io"
 	"math/bits"
 	"sync"
@@ -84,7 +85,7 @@ func (l *Live) Failure() error {
 }
 
 func (l *Live) note(ctx context.Context, err error) error {
-	if err == nil || err == io.EOF || ctx.Err() != nil {
+	if err == nil || errors.Is(err, io.EOF) || ctx.Err() != nil {
 		return err
 	}
 	l.mu.Lock()

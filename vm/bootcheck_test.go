@@ -40,16 +40,16 @@ func TestConsolesAreJudged(t *testing.T) {
 
 func TestWhatAMachineDidIsJudged(t *testing.T) {
 	for _, c := range []struct {
-		what happened
+		what *happened
 		want Verdict
 	}{
-		{happened{}, ""},
-		{happened{panicked: true}, BootFailed},
-		{happened{shutdown: true}, BootFailed},
-		{happened{resets: maxResets}, ""},
-		{happened{resets: maxResets + 1}, BootFailed},
+		{&happened{}, ""},
+		{&happened{panicked: true}, BootFailed},
+		{&happened{shutdown: true}, BootFailed},
+		{&happened{resets: maxResets}, ""},
+		{&happened{resets: maxResets + 1}, BootFailed},
 	} {
-		if got := judge(nil, signsOfLife, &c.what); got.Verdict != c.want {
+		if got := judge(nil, signsOfLife, c.what); got.Verdict != c.want {
 			t.Errorf("resets %d: %q, want %q", c.what.resets, got.Verdict, c.want)
 		}
 	}
