@@ -224,9 +224,10 @@ func (m *Machine) start(o *MachineOptions, args []string) (err error) {
 	if bin, err = exec.LookPath(bin); err != nil {
 		return fmt.Errorf("%w: %w (Debian: apt-get install qemu-system-x86)", ErrUnsupported, err)
 	}
-	guard := o.Guard
+	guard, called := o.Guard, ""
 	if len(guard) == 0 {
 		guard = []string{"/proc/self/exe", GuardCommand}
+		called = os.Args[0] // it may be a program of several names
 	}
 	held, hold, err := os.Pipe()
 	if err != nil {
@@ -235,6 +236,9 @@ func (m *Machine) start(o *MachineOptions, args []string) (err error) {
 	defer func() { _ = held.Close() }()
 	// Without a context: it ends when it is told to, in order.
 	m.guard = exec.CommandContext(context.Background(), guard[0], append(append(append([]string(nil), guard[1:]...), m.dir, bin), args...)...)
+	if called != "" {
+		m.guard.Args[0] = called
+	}
 	m.guard.ExtraFiles = []*os.File{held} // descriptor 3
 	// What interrupts this program must not end QEMU before its disks are flushed.
 	m.guard.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
