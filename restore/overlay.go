@@ -115,14 +115,7 @@ func newOverlay(f backing, base Disk, shape overlayShape) *Overlay {
 // readOverlay checks header and bitmap of a file of fileSize bytes. It does not
 // close f.
 func readOverlay(f backing, fileSize int64, base Disk, identity string) (*Overlay, error) {
-	head := make([]byte, overlayHeader)
-	if n, err := f.ReadAt(head, 0); err != nil {
-		if errors.Is(err, io.EOF) {
-			return nil, fmt.Errorf("only %d bytes: %w", n, ErrNotOverlay)
-		}
-		return nil, err
-	}
-	shape, err := decodeOverlay(head)
+	shape, err := readShape(f)
 	if err != nil {
 		return nil, err
 	}
@@ -146,6 +139,27 @@ func readOverlay(f backing, fileSize int64, base Disk, identity string) (*Overla
 		}
 	}
 	return o, nil
+}
+
+// readOverlayShape reads what the header of the file at path says.
+func readOverlayShape(path string) (_ overlayShape, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return overlayShape{}, err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	return readShape(f)
+}
+
+func readShape(f io.ReaderAt) (overlayShape, error) {
+	head := make([]byte, overlayHeader)
+	if n, err := f.ReadAt(head, 0); err != nil {
+		if errors.Is(err, io.EOF) {
+			return overlayShape{}, fmt.Errorf("only %d bytes: %w", n, ErrNotOverlay)
+		}
+		return overlayShape{}, err
+	}
+	return decodeOverlay(head)
 }
 
 // Size is that of the base.

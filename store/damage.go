@@ -250,7 +250,7 @@ func (r *Repo) dropDamage(ctx context.Context, n PointName, keep uint32) error {
 	})...)
 }
 
-// FindWhole is as Find, but "latest" and times pass over points that are known to be damaged. By the start of its
+// FindWhole is as Find, but "latest", "proven" and times pass over points that are known to be damaged. By the start of its
 // ID such a one is found all the same; damage is then what is lost of it. The error wraps ErrCorrupt if there are
 // damaged points only.
 func (r *Repo) FindWhole(ctx context.Context, ref string) (p *Point, damage *Damage, err error) {
@@ -270,7 +270,7 @@ func (r *Repo) FindWhole(ctx context.Context, ref string) (p *Point, damage *Dam
 		}
 		names = whole
 	}
-	n, err := pick(names, which)
+	n, err := r.choose(ctx, names, which)
 	if err != nil {
 		return nil, nil, fmt.Errorf("%s: %w", ref, err)
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/tidemark/tidemark/nbd/kernel"
 	"github.com/tidemark/tidemark/restore"
 	"github.com/tidemark/tidemark/store"
+	"github.com/tidemark/tidemark/vm"
 )
 
 // Exit codes; `tidemark help exit-codes` says the same.
@@ -25,6 +26,7 @@ const (
 	exitUnrecorded  = 6   // an audit found a change that was not recorded
 	exitNoAudit     = 7   // there is nothing an audit could compare with
 	exitKey         = 8   // no key, or one that may not do this; or no encryption
+	exitNotBooted   = 9   // a boot check did not see the VM come up
 	exitInterrupted = 130 // by a signal
 )
 
@@ -45,13 +47,15 @@ func exitCode(ctx context.Context, err error) int {
 		return exitUnrecorded // whatever else went wrong
 	case errors.As(err, &usage), errors.Is(err, agent.ErrQuiesceSyntax), errors.Is(err, agent.ErrConfig):
 		return exitUsage
-	case errors.Is(err, bpf.ErrPermission), errors.Is(err, bpf.ErrNoBTF), errors.Is(err, bpf.ErrOldKernel), errors.Is(err, bpf.ErrUntrackable), errors.Is(err, bpf.ErrNoFileHooks), errors.Is(err, errFormat), errors.Is(err, errNoQemuImg),
+	case errors.Is(err, bpf.ErrPermission), errors.Is(err, bpf.ErrNoBTF), errors.Is(err, bpf.ErrOldKernel), errors.Is(err, bpf.ErrUntrackable), errors.Is(err, bpf.ErrNoFileHooks), errors.Is(err, errFormat), errors.Is(err, errNoQemuImg), errors.Is(err, vm.ErrUnsupported),
 		errors.Is(err, kernel.ErrNoDriver), errors.Is(err, kernel.ErrPermission), errors.Is(err, kernel.ErrGeometry):
 		return exitUnsupported
-	case errors.Is(err, bpf.ErrBusy), errors.Is(err, store.ErrLocked), errors.Is(err, restore.ErrBusy), errors.Is(err, kernel.ErrBusy):
+	case errors.Is(err, bpf.ErrBusy), errors.Is(err, store.ErrLocked), errors.Is(err, restore.ErrBusy), errors.Is(err, restore.ErrOverlayBusy), errors.Is(err, kernel.ErrBusy):
 		return exitBusy
 	case errors.Is(err, store.ErrKey), errors.Is(err, store.ErrNotEncrypted), errors.Is(err, store.ErrWriterKey):
 		return exitKey
+	case errors.Is(err, errNotBooted):
+		return exitNotBooted
 	case errors.Is(err, store.ErrCorrupt), errors.Is(err, errProblems), errors.Is(err, restore.ErrReadBack):
 		return exitCorrupt
 	case ctx.Err() != nil && errors.Is(err, context.Canceled):

@@ -254,39 +254,31 @@ func (o exportOptions) open(ctx context.Context, cat *restore.Catalog, p *restor
 	return e, closers, nil
 }
 
-// closingDisk is a disk that was opened for the export.
-type closingDisk interface {
-	restore.WritableDisk
-	io.Closer
-}
-
 // openOverlay opens or makes the overlay of disk i.
-func (o exportOptions) openOverlay(cat *restore.Catalog, p *restore.PointDetails, i int, several bool, base restore.Disk) (_ closingDisk, err error) {
+func (o exportOptions) openOverlay(cat *restore.Catalog, p *restore.PointDetails, i int, several bool, base restore.Disk) (ov *restore.Overlay, err error) {
 	id := cat.Identity(p, i)
-	var d closingDisk
-	var ov *restore.Overlay
 	if o.overlay == "" {
-		s, err := newScratch(base, id)
-		if err != nil {
-			return nil, err
-		}
-		d, ov = s, s.Overlay
+		ov, err = newScratch(base, id)
 	} else {
-		file := o.overlay
-		if several {
-			file += "." + p.Disks[i].Name
-		}
-		if ov, err = restore.OpenOrCreateOverlay(file, base, id); err != nil {
-			return nil, err
-		}
-		d = ov
+		ov, err = restore.OpenOrCreateOverlay(o.overlayFile(p, i, several), base, id)
+	}
+	if err != nil {
+		return nil, err
 	}
 	if o.limit != "" {
 		if err := ov.Limit(o.limitBytes); err != nil {
-			return nil, errors.Join(err, d.Close())
+			return nil, errors.Join(err, ov.Close())
 		}
 	}
-	return d, nil
+	return ov, nil
+}
+
+// overlayFile is the overlay's file of disk i.
+func (o exportOptions) overlayFile(p *restore.PointDetails, i int, several bool) string {
+	if several {
+		return o.overlay + "." + p.Disks[i].Name
+	}
+	return o.overlay
 }
 
 func chooseDisks(p *restore.PointDetails, disk int) ([]int, error) {
@@ -303,22 +295,19 @@ func chooseDisks(p *restore.PointDetails, disk int) ([]int, error) {
 	return all, nil
 }
 
-// scratch is an overlay whose file goes when it is closed.
-type scratch struct {
-	*restore.Overlay
-	dir string
-}
-
-func (s scratch) Close() error { return errors.Join(s.Overlay.Close(), os.RemoveAll(s.dir)) }
-
-func newScratch(base restore.Disk, identity string) (_ scratch, err error) {
+// newScratch makes an overlay whose file has no name: it is gone when it is closed, or when the
+// process ends, however that comes.
+func newScratch(base restore.Disk, identity string) (*restore.Overlay, error) {
 	dir, err := os.MkdirTemp("", "tidemark-overlay-")
 	if err != nil {
-		return scratch{}, err
+		return nil, err
 	}
 	ov, err := restore.CreateOverlay(filepath.Join(dir, "overlay"), base, identity)
-	if err != nil {
-		return scratch{}, errors.Join(err, os.RemoveAll(dir))
+	if err := errors.Join(err, os.RemoveAll(dir)); err != nil {
+		if ov != nil {
+			err = errors.Join(err, ov.Close())
+		}
+		return nil, err
 	}
-	return scratch{ov, dir}, nil
+	return ov, nil
 }

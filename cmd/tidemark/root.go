@@ -70,11 +70,11 @@ mounted, exported over NBD and booted at once.`,
 			root.AddCommand(c)
 		}
 	}
-	add("backup", newInit(g), newRepo(g), newBackup(g), newAudit(g), newAgent(g))
-	add("use", newPoints(g), newMount(g), newExport(g), newAttach(g), newDetach(g), newRestore(g), newVerify(g))
+	add("backup", newInit(g), newRepo(g), newBackup(g), newCommit(g), newAudit(g), newAgent(g))
+	add("use", newPoints(g), newMount(g), newExport(g), newBoot(g), newAttach(g), newDetach(g), newRestore(g), newVerify(g))
 	add("repository", newForget(g), newPin(g), newUnpin(g), newGC(g), newRepair(g), newCopy(g), newStats(g))
 	add("host", newDoctor(g), newTrack(g), newUntrack(g), newSuspend(g), newStatus(g), newHeat(g))
-	root.AddCommand(newVersion(g), newWatchdog(), newExitCodes())
+	root.AddCommand(newVersion(g), newWatchdog(), newGuard(), newExitCodes())
 	return root
 }
 
@@ -139,6 +139,7 @@ func newExitCodes() *cobra.Command {
     7   an audit had nothing to compare with: no point, or no tracking that goes on from it
     8   the repository is encrypted, and no key was given that opens it or may do this; or it
         must be encrypted, and says that it is not
+    9   a boot check did not see the VM come up: it failed, or it could not be told
   130   interrupted by a signal`,
 	}
 }
