@@ -41,6 +41,8 @@ type conn struct {
 	in     input
 	out    *output
 
+	unix *unixConn // nc while it transmits, if it is that
+
 	stopping atomic.Bool
 	decided  atomic.Bool           // an export was chosen
 	cause    atomic.Pointer[error] // why the server has cut it off
@@ -55,18 +57,24 @@ type conn struct {
 	writable   restore.WritableDisk    // nil: read-only
 	cancelable restore.ReaderAtContext // nil: reads cannot be cancelled
 	filer      restore.Filer           // nil: no sendfile
+	landing    restore.WriteFiler      // nil: writes go through WriteAt
 
-	batch    []byte // replies of the connection's goroutine, not sent yet
+	splicer  *splicer // nil: none yet
+	batch    []byte   // replies of the connection's goroutine, not sent yet
 	workers  sync.WaitGroup
 	busy     atomic.Int64        // running workers
 	slots    chan struct{}       // one per running worker
 	budget   *semaphore.Weighted // bytes of buffers that workers hold
 	inFlight int64               // size of budget
-	readCost atomic.Int64        // moving mean of small reads not backed by a file, ns
+	readCost atomic.Int64        // moving mean of small reads, ns
 }
 
 func newConn(s *Server, nc net.Conn) *conn {
-	c := &conn{srv: s, nc: nc, client: clientOf(nc), began: time.Now(), out: newOutput(nc, or(s.WriteTimeout, DefaultWriteTimeout))}
+	client := clientOf(nc)
+	if _, ok := nc.(*net.UnixConn); ok {
+		nc = &unixConn{Conn: nc, busiest: &s.busiest}
+	}
+	c := &conn{srv: s, nc: nc, client: client, began: time.Now(), out: newOutput(nc, or(s.WriteTimeout, DefaultWriteTimeout))}
 	c.bye = nc.Close
 	c.slots = make(chan struct{}, or(s.Workers, DefaultWorkers))
 	c.in = input{from: nc, buf: make([]byte, handshakeBuffer), before: c.flush}
@@ -133,7 +141,14 @@ func (c *conn) run(ctx context.Context) error {
 	if err := c.nc.SetReadDeadline(time.Time{}); err != nil {
 		return err
 	}
-	c.out.ended = cancel // what is read for nobody, or waits to be, need not be
+	c.out.ended = cancel                    // what is read for nobody, or waits to be, need not be
+	if u, ok := c.in.from.(*unixConn); ok { // and not TLS over it
+		if err := u.block(c.out.timeout); err != nil {
+			return err
+		}
+		c.unix = u
+		defer c.dropSplicer()
+	}
 	err = c.transmit(ctx)
 	if errors.Is(err, context.Canceled) {
 		if failure := c.out.failure(); failure != nil {
@@ -158,6 +173,14 @@ func (c *conn) flush() error {
 	err := c.out.send(c.batch)
 	c.batch = c.batch[:0]
 	return err
+}
+
+// rest prepares for waiting: it sends the replies gathered so far.
+func (c *conn) rest() error {
+	if c.unix != nil {
+		c.unix.working = len(c.slots) > 0
+	}
+	return c.flush()
 }
 
 // reserve makes room for n bytes of replies, n at most batchSize.

@@ -294,6 +294,7 @@ func (n *negotiation) choose(e Export, isSelected bool) {
 	c.cancelable, _ = e.Disk.(restore.ReaderAtContext)
 	if c.out.canSendFile() {
 		c.filer, _ = e.Disk.(restore.Filer)
+		c.landing, _ = c.writable.(restore.WriteFiler)
 	}
 	c.flags = transmissionFlags(&e, c.headers, len(c.contexts) > 0)
 }

@@ -10,7 +10,8 @@ type input struct {
 	progress
 	from io.Reader
 	buf  []byte
-	r, w int // buf[r:w] has come and was not used yet
+	r, w int  // buf[r:w] has come and was not used yet
+	bulk bool // the last request carried a large payload; see expect
 
 	// before is called before every read that may block: the moment to send
 	// the replies gathered so far.
@@ -71,7 +72,7 @@ func (in *input) fill() error {
 	}
 	in.waits(in.w > in.r)
 	for range maxEmpty {
-		n, err := in.from.Read(in.buf[in.w:])
+		n, err := in.from.Read(in.buf[in.w : in.w+in.ahead()])
 		in.got(n)
 		in.w += n
 		if n > 0 {
@@ -82,6 +83,19 @@ func (in *input) fill() error {
 		}
 	}
 	return errNoProgress
+}
+
+// expect tells whether payloads are large at the moment. Then no more than the
+// head of a request is read at once, so that its payload goes where it belongs
+// instead of through the buffer.
+func (in *input) expect(bulk bool) { in.bulk = bulk }
+
+func (in *input) ahead() int {
+	free := len(in.buf) - in.w
+	if in.bulk && in.w-in.r < requestLength {
+		return min(free, requestLength-(in.w-in.r))
+	}
+	return free
 }
 
 // readFull fills p, past the buffer where it can: large payloads are copied

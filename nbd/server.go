@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -74,6 +75,7 @@ type Server struct {
 	buffers buffers
 	crowded seldom
 	refused seldom
+	busiest atomic.Pointer[unixConn] // had the last request on a unix socket
 }
 
 func (s *Server) init() {
