@@ -9,6 +9,7 @@ import (
 	"math"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/tidemark/tidemark/restore"
@@ -231,8 +232,8 @@ func TestCompactRequestAfterExtendedHeadersEndsTheConnection(t *testing.T) {
 // pasts is a History in memory; Diff of a changing disk.
 type pasts struct {
 	names    []string
-	opened   *int
-	released *int
+	opened   *atomic.Int64
+	released *atomic.Int64
 	err      error
 }
 
@@ -245,8 +246,8 @@ func (h pasts) Open(_ context.Context, name string) (restore.Disk, func(), error
 	if !slices.Contains(h.names, name) && name != "unlisted" {
 		return nil, nil, fmt.Errorf("%w: %s", ErrUnknownPast, name)
 	}
-	*h.opened++
-	return newMemDisk(int64(len(name))), func() { *h.released++ }, nil
+	h.opened.Add(1)
+	return newMemDisk(int64(len(name))), func() { h.released.Add(1) }, nil
 }
 
 // changing is a disk that differs from any other in its second and third page.
@@ -268,7 +269,7 @@ func (c changing) Diff(_ context.Context, _ restore.Disk, off, n int64) iter.Seq
 }
 
 func TestDirtyBitmaps(t *testing.T) {
-	var opened, released int
+	var opened, released atomic.Int64
 	h := pasts{names: []string{"one", "two"}, opened: &opened, released: &released}
 	d := changing{memDisk: newMemDisk(diskSize)}
 	socket, stop := start(t, &Server{Exports: static(t,
@@ -331,8 +332,8 @@ func TestDirtyBitmaps(t *testing.T) {
 	p.request(0, cmdBlockStatus, 3, 0, 8*memPage)
 	p.answer(0, 0).want(t, 3, EIO)
 	stop()
-	if opened == 0 || released != opened {
-		t.Errorf("%d states opened, %d released", opened, released)
+	if opened.Load() == 0 || released.Load() != opened.Load() {
+		t.Errorf("%d states opened, %d released", opened.Load(), released.Load())
 	}
 }
 

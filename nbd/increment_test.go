@@ -24,7 +24,8 @@ h = nbd.NBD()
 h.add_meta_context(context)
 h.connect_uri(uri)
 assert h.can_meta_context(context), context
-size, off, pulled = h.get_size(), 0, 0
+off, pulled = 0, 0
+size = h.get_size()
 with open(copy, "r+b") as out:
     out.truncate(size)
     while off < size:
@@ -270,7 +271,7 @@ func TestNbdsh(t *testing.T) {
 	for network, uri := range endpoints(t, &Server{Exports: static(t, Export{Name: "a", Disk: newMemDisk(1 << 20)})}) {
 		t.Run(network, func(t *testing.T) {
 			out := run1(t, "env", "PATH=/usr/bin:/bin", "nbdsh", "-u", uri("a"), "-c", "h.pwrite(b'x' * 512, 1024)", "-c", "h.flush()", "-c", "print(h.get_size(), h.pread(2, 1535))")
-			if out != "1048576 "+fmt.Sprintf("bytearray(b'x\\x00')\n") {
+			if out != "1048576 "+"bytearray(b'x\\x00')\n" {
 				t.Errorf("%q", out)
 			}
 		})
