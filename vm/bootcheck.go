@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"sync"
 	"time"
 )
@@ -75,7 +76,7 @@ func NewBootWatch() *BootWatch { return &BootWatch{more: make(chan struct{}, 1)}
 func (b *BootWatch) Write(p []byte) (int, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	raw := append(b.held, p...)
+	raw := slices.Concat(b.held, p)
 	b.held = nil
 	// A sequence may be cut in two.
 	if at := bytes.LastIndexByte(raw, 0x1b); at >= 0 && len(raw)-at < 64 && !escapes.Match(raw[at:]) {

@@ -214,7 +214,7 @@ func (o *bootOptions) serve(ctx context.Context, cat *restore.Catalog, p *restor
 	// It ends after QEMU, which flushes at its end, and not with ctx.
 	serve, stop := context.WithCancel(context.WithoutCancel(ctx))
 	b.stop = stop
-	<-b.served
+	b.served = make(chan error, 1)
 	// What fails is told by who watches the machine.
 	srv := &nbd.Server{Exports: set, Log: slog.New(slog.DiscardHandler)}
 	go func() { b.served <- srv.Serve(serve, l) }()
