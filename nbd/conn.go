@@ -37,6 +37,8 @@ type conn struct {
 	in  input
 	out *output
 
+	unix *unixConn // nc while it transmits, if it is that
+
 	stopping atomic.Bool
 
 	// What the handshake agreed on; constant afterwards.
@@ -49,16 +51,21 @@ type conn struct {
 	writable   restore.WritableDisk    // nil: read-only
 	cancelable restore.ReaderAtContext // nil: reads cannot be cancelled
 	filer      restore.Filer           // nil: no sendfile
+	landing    restore.WriteFiler      // nil: writes go through WriteAt
 
-	batch    []byte // replies of the connection's goroutine, not sent yet
+	splicer  *splicer // nil: none yet
+	batch    []byte   // replies of the connection's goroutine, not sent yet
 	workers  sync.WaitGroup
 	slots    chan struct{}       // one per running worker
 	budget   *semaphore.Weighted // bytes of buffers that workers hold
 	inFlight int64               // size of budget
-	readCost atomic.Int64        // moving mean of small reads not backed by a file, ns
+	readCost atomic.Int64        // moving mean of small reads, ns
 }
 
 func newConn(s *Server, nc net.Conn) *conn {
+	if _, ok := nc.(*net.UnixConn); ok {
+		nc = &unixConn{Conn: nc, busiest: &s.busiest}
+	}
 	c := &conn{srv: s, nc: nc, out: newOutput(nc, or(s.WriteTimeout, DefaultWriteTimeout))}
 	c.in = input{from: nc, buf: make([]byte, handshakeBuffer), before: c.flush}
 	return c
@@ -99,6 +106,13 @@ func (c *conn) serve(ctx context.Context) error {
 	if err := c.nc.SetReadDeadline(time.Time{}); err != nil {
 		return err
 	}
+	if u, ok := c.in.from.(*unixConn); ok { // and not TLS over it
+		if err := u.block(c.out.timeout); err != nil {
+			return err
+		}
+		c.unix = u
+		defer c.dropSplicer()
+	}
 	if c.stopping.Load() {
 		c.stop() // the deadline above may have undone its
 	}
@@ -121,6 +135,14 @@ func (c *conn) flush() error {
 	err := c.out.send(c.batch)
 	c.batch = c.batch[:0]
 	return err
+}
+
+// rest prepares for waiting: it sends the replies gathered so far.
+func (c *conn) rest() error {
+	if c.unix != nil {
+		c.unix.working = len(c.slots) > 0
+	}
+	return c.flush()
 }
 
 // reserve makes room for n bytes of replies, n at most batchSize.

@@ -20,10 +20,17 @@
 // executing them. Their replies are gathered and leave in one system call when
 // no further complete request has come, or 256 KiB are full.
 //
+// A unix socket without TLS blocks in the kernel instead of the runtime's poller
+// while it transmits (unixConn). If it is the only connection with work, and requests
+// come within 50 µs, its goroutine looks for the next one for as long before it
+// sleeps: a client with one request at a time does half as many again. Payloads from 64 KiB on
+// whose disk is a [restore.WriteFiler] go from socket to file by splice, past
+// this process; while they come, only heads of requests are read ahead.
+//
 // What may take long goes to a bounded number of workers, started as needed:
 // flush and FUA, trim, zeroes, block status, large reads that are not in a file,
 // and small ones too while their moving mean says that they are slow (a cold
-// repository). So replies come in any order, as the protocol allows.
+// repository or page cache). So replies come in any order, as the protocol allows.
 //
 // A flush or FUA reply is sent after a Sync that began after the request came;
 // every write answered before has returned by then, whoever executed it and on
@@ -39,7 +46,8 @@
 // 1 MiB the client is hung up on), reads and writes 32 MiB; trim, zeroes, cache
 // and block status may be as long as the protocol can say, zeroes that must not
 // be holes 32 MiB. Requests need no alignment. A block status has at most 2048
-// extents. A connection holds 0.5 MiB, plus what Server.MaxInFlight allows;
+// extents. A connection holds 0.5 MiB, plus what Server.MaxInFlight allows, and in
+// the kernel up to 1 MiB of replies (unix sockets) and 1 MiB of a large payload;
 // before it has chosen an export it holds some 64 KiB. Nothing is allocated
 // because a client announced a length.
 package nbd

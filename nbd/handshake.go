@@ -263,6 +263,7 @@ func (n *negotiation) choose(e Export) {
 	c.cancelable, _ = e.Disk.(restore.ReaderAtContext)
 	if c.out.canSendFile() {
 		c.filer, _ = e.Disk.(restore.Filer)
+		c.landing, _ = c.writable.(restore.WriteFiler)
 	}
 	c.flags = transmissionFlags(&e, c.structured)
 	c.status = c.structured && n.metaSet && n.metaFor == e.Name

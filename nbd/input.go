@@ -9,7 +9,8 @@ import (
 type input struct {
 	from io.Reader
 	buf  []byte
-	r, w int // buf[r:w] has come and was not used yet
+	r, w int  // buf[r:w] has come and was not used yet
+	bulk bool // the last request carried a large payload; see expect
 
 	// before is called before every read that may block: the moment to send
 	// the replies gathered so far.
@@ -66,7 +67,7 @@ func (in *input) fill() error {
 		return err
 	}
 	for range 100 {
-		n, err := in.from.Read(in.buf[in.w:])
+		n, err := in.from.Read(in.buf[in.w : in.w+in.ahead()])
 		in.w += n
 		if n > 0 {
 			return nil
@@ -76,6 +77,19 @@ func (in *input) fill() error {
 		}
 	}
 	return errNoProgress
+}
+
+// expect tells whether payloads are large at the moment. Then no more than the
+// head of a request is read at once, so that its payload goes where it belongs
+// instead of through the buffer.
+func (in *input) expect(bulk bool) { in.bulk = bulk }
+
+func (in *input) ahead() int {
+	free := len(in.buf) - in.w
+	if in.bulk && in.w-in.r < requestLength {
+		return min(free, requestLength-(in.w-in.r))
+	}
+	return free
 }
 
 // readFull fills p, past the buffer where it can: large payloads are copied

@@ -38,7 +38,7 @@ func newOutput(conn net.Conn, timeout time.Duration) *output {
 	switch c := conn.(type) {
 	case *net.TCPConn:
 		o.raw, _ = c.SyscallConn() // without it there is just no sendfile
-	case *net.UnixConn:
+	case *unixConn:
 		o.raw, _ = c.SyscallConn()
 	}
 	o.bound = o.file.step

@@ -27,13 +27,11 @@ const (
 )
 
 // read executes NBD_CMD_READ. The connection's goroutine does it itself if that
-// is quick: what is small and lately came fast, and what lies in a file.
+// is quick: what is small and lately came fast, and large parts of a file.
 func (c *conn) read(ctx context.Context, r request) error {
 	n := int64(r.length)
+	c.in.expect(false)
 	if n < largeRead {
-		if c.inFile(int64(r.off), n) {
-			return c.readSmall(ctx, r)
-		}
 		if mean := c.readCost.Load(); mean < int64(slowRead) {
 			start := time.Now()
 			err := c.readSmall(ctx, r)
@@ -114,7 +112,9 @@ func (c *conn) readSmall(ctx context.Context, r request) error {
 // holes as such, data by sendfile where it lies in a file.
 func (c *conn) readLarge(ctx context.Context, r request) error {
 	off, n := int64(r.off), int64(r.length)
-	if !c.fragments(r) {
+	// Looking for a file's holes may take longer than sending zeroes: tmpfs looks at every
+	// page up to the next one.
+	if !c.fragments(r) || c.inFile(off, n) {
 		_, err := c.readRun(ctx, r, off, n, true)
 		return err
 	}

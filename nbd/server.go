@@ -47,6 +47,7 @@ type Server struct {
 
 	conns   atomic.Int64
 	buffers buffers
+	busiest atomic.Pointer[unixConn]
 }
 
 // Serve accepts clients from l until ctx ends, and closes l. It returns after

@@ -15,6 +15,7 @@ import (
 // Section "Transmission".
 func (c *conn) transmit(ctx context.Context) error {
 	c.in.grow(inputBuffer)
+	c.in.before = c.rest
 	c.batch = make([]byte, 0, batchSize)
 	c.slots = make(chan struct{}, or(c.srv.Workers, DefaultWorkers))
 	c.inFlight = max(or(c.srv.MaxInFlight, DefaultMaxInFlight), c.srv.buffers.cost(maxPayload))

@@ -372,8 +372,9 @@ func TestStructuredReadSendsHolesAsHoles(t *testing.T) {
 			if !bytes.Equal(a.data, want) {
 				t.Error("wrong data")
 			}
-			if a.holes != 2 {
-				t.Errorf("%d holes, want 2", a.holes)
+			// A file's holes are not looked for: that may take longer than sending them.
+			if want := map[string]int{"memory": 2}[name]; a.holes != want {
+				t.Errorf("%d holes, want %d", a.holes, want)
 			}
 			p.request(cmdFlagDF, cmdRead, 2, 512<<10, 1<<20)
 			a = p.getStructured(512<<10, 1<<20)
