@@ -50,9 +50,10 @@ unit:
 fuzz: ## every fuzz target for FUZZTIME
 	test/fuzz.sh $(FUZZTIME)
 
-bench: ## side by side with peers; prints, judges nothing
+bench: build ## the NBD server beside qemu-nbd and nbdkit (BENCHFLAGS=)
 	test/deps.sh run
-	$(GO) run ./test/bench/nbdbench
+	$(GO) build -o bin/nbdbench ./test/bench/nbdbench
+	bin/nbdbench -tidemark bin/tidemark $(BENCHFLAGS)
 
 # What else each can be told is in docs/benchmarks.md: BENCHFLAGS='-busy -json'.
 bench-tracking: ## what tracking costs the writer, on this host (BENCHFLAGS=)
