@@ -30,7 +30,7 @@ with open(copy, "r+b") as out:
     out.truncate(size)
     while off < size:
         entries = []
-        h.block_status(size - off, off, lambda c, o, e, err: entries.extend(e) and 0)
+        h.block_status(count=size - off, offset=off, extent=lambda c, o, e, err: entries.extend(e) and 0)
         for n, dirty in zip(entries[0::2], entries[1::2]):
             if dirty:
                 out.seek(off)

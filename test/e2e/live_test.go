@@ -256,7 +256,7 @@ func TestLiveExport(t *testing.T) {
 			l.qemuAgrees(e)
 		}
 		total := l.pull(e)
-		sig := os.Signal(os.Interrupt)
+		var sig = os.Interrupt
 		if more != nil {
 			sig = nil // it ends by itself
 		}
