@@ -272,7 +272,7 @@ func unknownNeeds(what string, err error) error {
 // points marks all that is below points that still exist. It tells, with an error, whether a point is gone that
 // can't be followed.
 func (m *marker) points(ctx context.Context, r *Repo, names []PointName) (gone bool, _ error) {
-	roots := make([][]rootRef, len(names))
+	roots := make([][]rootRef, len(names)) // nil: it is gone
 	errs := make([]error, len(names))
 	var g errgroup.Group
 	g.SetLimit(maxRequests)
@@ -280,7 +280,7 @@ func (m *marker) points(ctx context.Context, r *Repo, names []PointName) (gone b
 		g.Go(func() error {
 			p, err := r.Point(ctx, n)
 			if err == nil {
-				roots[i] = rootRefs(p)
+				roots[i] = append([]rootRef{}, rootRefs(p)...)
 			} else if !errors.Is(err, ErrNotFound) { // else it was deleted since
 				errs[i] = err
 			}

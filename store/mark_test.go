@@ -88,3 +88,13 @@ func TestCollectionNamesThePointThatItCannotFollow(t *testing.T) {
 		t.Errorf("the point and what is wrong with it: %v", err)
 	}
 }
+
+// A point whose disks hold zeroes alone has no map, and is one all the same.
+func TestCollectionCountsEmptyPoints(t *testing.T) {
+	r := testRepo(t)
+	backupOf(t, r, "a", k64)
+	backupOf(t, r, "b", k64, write{0, noise(1, k64)})
+	if rep := gc(t, r, GCOptions{}); rep.Points != 2 {
+		t.Errorf("%d points were followed", rep.Points)
+	}
+}
