@@ -15,14 +15,14 @@ import (
 // kindOfObject says what an object is, by its name and, of a pack, its header.
 func kindOfObject(name string, content []byte) string {
 	folder, rest, _ := strings.Cut(name, "/")
-	switch {
-	case folder == "packs":
+	switch folder {
+	case "packs":
 		kind := packKind(content[9]).String() + " pack"
 		if strings.Contains(rest, ".") {
 			kind += ", later generation"
 		}
 		return kind
-	case folder == "sessions" || folder == "gc":
+	case "sessions", "gc":
 		if _, suffix, ok := strings.Cut(rest, "."); ok {
 			return folder + " " + suffix
 		}

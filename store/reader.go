@@ -153,7 +153,7 @@ func (r *reader) loadGeneration(ctx context.Context, id PackID, generation uint3
 	case err != nil:
 		return nil, &CorruptError{name, err.Error()}
 	}
-	x.pack, x.generation, x.touches = id, generation, newTouches(int64(f.indexOff))
+	x.pack, x.generation, x.touches = id, generation, newTouches(f.indexOff)
 	return x, nil
 }
 
