@@ -140,8 +140,12 @@ const readChunk = 4 << 20
 func (d *PointDisk) readChunk(ctx context.Context, p []byte, off int64) (int, error) {
 	grain := int64(d.root.Grain)
 	first := off / grain
-	to := d.ahead.claim(first, (off+int64(len(p))-1)/grain+1)
+	asked := (off+int64(len(p))-1)/grain + 1
+	to := d.ahead.claim(first, asked)
 	l, err := d.enter(ctx, first, to)
+	if err != nil && to > asked { // it may be the map of what was not asked for
+		l, err = d.enter(ctx, first, asked)
+	}
 	if err != nil {
 		return 0, d.readError(first, err)
 	}

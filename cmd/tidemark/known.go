@@ -86,5 +86,12 @@ func rememberEncrypted(where string) (err error) {
 	if _, err := fmt.Fprintf(f, "\n%q\n", as); err != nil {
 		return err
 	}
-	return f.Sync()
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(name))
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close()) // the file may be new
 }
