@@ -7,7 +7,7 @@ LINT     = $(GO) tool -modfile=tools/go.mod golangci-lint
 FUZZTIME ?= 30s
 comma := ,
 
-.PHONY: all build demo test deps generate check-generate lint unit fuzz bench bench-tracking bench-tracking-vm bench-incremental bench-repository bench-scale truth campaign vmtest vmtest-files matrix crash model clean help
+.PHONY: all build demo test deps generate check-generate lint unit fuzz bench bench-tracking bench-tracking-vm bench-incremental bench-repository bench-scale truth campaign vmtest vmtest-files matrix crash flood model clean help
 
 all: build
 
@@ -117,6 +117,9 @@ vmtest-files: ## image files on ext4, xfs and btrfs under a Debian kernel in QEM
 
 crash: ## kill -9 at every moment of a backup, resumed and not, in a folder and on S3, plain and encrypted: 15 minutes
 	TIDEMARK_TEST_EVERY_MOMENT=1 $(GO) test -count 1 -timeout 1h -v -run 'Killed|AfterKill|EncryptedRepositories' ./store
+
+flood: ## 1,000 NBD clients that stall at every moment, and vanish or stay (CLIENTS=n)
+	TIDEMARK_TEST_CLIENTS=$(or $(CLIENTS),1000) $(GO) test -count 1 -timeout 20m -v -run 'TestThousand|TestFlood' ./nbd
 
 model: ## Spin: epochs and garbage collection keep their properties, broken variants do not
 	test/deps.sh model

@@ -7,6 +7,7 @@ import (
 
 // input is the receiving side of a connection. One goroutine uses it.
 type input struct {
+	progress
 	from io.Reader
 	buf  []byte
 	r, w int // buf[r:w] has come and was not used yet
@@ -15,6 +16,9 @@ type input struct {
 	// the replies gathered so far.
 	before func() error
 }
+
+// maxEmpty is how many reads in a row may return nothing.
+const maxEmpty = 100
 
 var errNoProgress = errors.New("connection delivers nothing")
 
@@ -65,8 +69,10 @@ func (in *input) fill() error {
 	if err := in.before(); err != nil {
 		return err
 	}
-	for range 100 {
+	in.waits(in.w > in.r)
+	for range maxEmpty {
 		n, err := in.from.Read(in.buf[in.w:])
+		in.got(n)
 		in.w += n
 		if n > 0 {
 			return nil
@@ -89,11 +95,22 @@ func (in *input) readFull(p []byte) error {
 	if err := in.before(); err != nil {
 		return err
 	}
-	_, err := io.ReadFull(in.from, p[n:])
-	if errors.Is(err, io.EOF) {
-		err = io.ErrUnexpectedEOF
+	for empty := 0; n < len(p); empty++ {
+		in.waits(true)
+		k, err := in.from.Read(p[n:])
+		in.got(k)
+		switch n += k; {
+		case k > 0:
+			empty = 0
+		case errors.Is(err, io.EOF):
+			return io.ErrUnexpectedEOF
+		case err != nil:
+			return err
+		case empty >= maxEmpty:
+			return errNoProgress
+		}
 	}
-	return err
+	return nil
 }
 
 // drain throws n bytes away.

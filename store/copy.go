@@ -229,7 +229,7 @@ func (c *copying) disk(ctx context.Context, w *Writer, d *Disk, base *Point) err
 	}
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(2 * runtime.GOMAXPROCS(0))
-	for run, err := range m.Diff(gctx, was) {
+	for run, err := range m.Diff(gctx, was, 0, m.Grains()) {
 		if err != nil {
 			return errors.Join(err, g.Wait())
 		}

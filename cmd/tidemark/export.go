@@ -1,15 +1,14 @@
 package main
 
 import (
-	"context"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"math"
-	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/dustin/go-humanize"
@@ -17,14 +16,13 @@ import (
 
 	"github.com/tidemark/tidemark/nbd"
 	"github.com/tidemark/tidemark/restore"
-	"github.com/tidemark/tidemark/store"
 )
 
 func newExport(g *globals) *cobra.Command {
 	var o exportOptions
 	c := &cobra.Command{
-		Use:   "export NAME@POINT -r REPO --socket PATH | --listen ADDR",
-		Short: "Serve the disks of a restore point over NBD",
+		Use:   "export NAME@POINT | --all | --vm NAME -r REPO --socket PATH | --listen ADDR",
+		Short: "Serve the disks of restore points over NBD",
 		Long: `Serve the disks of a restore point over NBD, as exports called disk0, disk1, ...; a
 client that names none gets the only one. POINT is latest, the start of an ID, or a
 time; only an ID leads to a point that "tidemark repair" found to be damaged.
@@ -34,18 +32,43 @@ point stays as it is. The overlay is a file that --overlay names and that can be
 again, or a temporary one that is gone when the export ends. It takes space for what is
 written and gives back what is discarded; --overlay-limit bounds it, per disk.
 
-Anyone who can reach a TCP address given with --listen can read the disks.`,
+With --all, or --vm for some machines, one address serves all restore points, read-only,
+as exports called NAME@POINT/disk0, also those made later. A disk is opened when a client
+asks for it. Lists show the newest of them; older ones can be asked for all the same.
+
+What changed since another point of the machine is the metadata context
+qemu:dirty-bitmap:POINT: backup tools that read QEMU's dirty bitmaps can fetch
+increments (docs/nbd.md).
+
+` + serverHelp,
 		Example: `  tidemark export web1@latest -r /srv/backup --socket /run/web1.sock --writable --overlay web1.overlay
   qemu-system-x86_64 -m 2G -blockdev driver=nbd,node-name=d0,server.type=unix,server.path=/run/web1.sock \
     -device virtio-blk-pci,drive=d0
   tidemark export web1@3f2a -r /srv/backup --listen 127.0.0.1:10809
-  nbdcopy nbd://127.0.0.1 web1.raw`,
-		Args: args(1, 1),
-		RunE: func(c *cobra.Command, a []string) error { return o.run(c, g, a[0]) },
+  nbdcopy nbd://127.0.0.1 web1.raw
+  tidemark export --all -r /srv/backup --listen :10809 --tls-certs /etc/tidemark/tls --allow 'CN=standby1:web1@*'
+  nbdcopy 'nbds://backup.example.org/web1@latest/disk0?tls-certificates=/etc/pki/standby1' web1.raw
+  tidemark export web1@latest -r /srv/backup --socket /run/web1.sock --socket-mode 0660 --socket-group kvm
+  tidemark export --all -r /srv/backup --socket /run/points.sock
+  nbdinfo --list 'nbd+unix:///?socket=/run/points.sock'
+  nbdinfo --map=qemu:dirty-bitmap:3f2a 'nbd+unix:///web1@latest/disk0?socket=/run/points.sock'`,
+		Args: args(0, 1),
+		RunE: func(c *cobra.Command, a []string) error {
+			switch several := o.all || len(o.vms) > 0; {
+			case several && len(a) > 0:
+				return usageError{errors.New("export: give NAME@POINT, or --all or --vm")}
+			case several:
+				return o.runAll(c, g)
+			case len(a) == 0:
+				return usageError{errors.New("export: give NAME@POINT, or --all or --vm")}
+			}
+			return o.run(c, g, a[0])
+		},
 	}
+	o.addFlags(c)
 	f := c.Flags()
-	f.StringVar(&o.socket, "socket", "", "unix socket to make and listen on")
-	f.StringVar(&o.listen, "listen", "", "TCP address to listen on, such as 127.0.0.1:10809")
+	f.BoolVar(&o.all, "all", false, "all points of all machines")
+	f.StringArrayVar(&o.vms, "vm", nil, "all points of this machine; may be given several times")
 	f.IntVar(&o.disk, "disk", -1, "only this disk of the point")
 	f.BoolVar(&o.writable, "writable", false, "let clients write, into an overlay")
 	f.StringVar(&o.limit, "overlay-limit", "", "how much an overlay may hold, such as 20GiB: past it writes fail with \"no space left\"")
@@ -54,15 +77,18 @@ Anyone who can reach a TCP address given with --listen can read the disks.`,
 }
 
 type exportOptions struct {
-	socket, listen, overlay, limit string
-	limitBytes                     int64
-	disk                           int
-	writable                       bool
+	serverOptions
+	overlay, limit string
+	limitBytes     int64
+	disk           int
+	writable       bool
+	all            bool
+	vms            []string
 }
 
 func (o exportOptions) run(c *cobra.Command, g *globals, ref string) (err error) {
-	if (o.socket == "") == (o.listen == "") {
-		return usageError{errors.New("export: give --socket PATH or --listen ADDR")}
+	if err := o.check("export"); err != nil {
+		return err
 	}
 	if o.overlay != "" && !o.writable {
 		return usageError{errors.New("export: --overlay goes with --writable")}
@@ -85,7 +111,7 @@ func (o exportOptions) run(c *cobra.Command, g *globals, ref string) (err error)
 			err = errors.Join(err, closers[i].Close())
 		}
 	}()
-	p, err := findBootable(ctx, cat, ref)
+	p, err := cat.FindBootable(ctx, ref)
 	if err != nil {
 		return err
 	}
@@ -101,7 +127,8 @@ func (o exportOptions) run(c *cobra.Command, g *globals, ref string) (err error)
 			return err
 		}
 		closers = append(closers, closer)
-		e := nbd.Export{Name: p.Disks[i].Name, Description: p.VM + "@" + p.ID + " " + p.Disks[i].Name, Disk: d, ReadOnly: !o.writable}
+		e := nbd.Export{Name: p.Disks[i].Name, Description: p.VM + "@" + p.ID + " " + p.Disks[i].Name, Disk: d, ReadOnly: !o.writable,
+			History: nbd.NewHistory(cat, p, p.Disks[i].Name)}
 		if o.writable {
 			ov, err := o.openOverlay(cat, p, i, len(disks) > 1, d)
 			if err != nil {
@@ -116,38 +143,69 @@ func (o exportOptions) run(c *cobra.Command, g *globals, ref string) (err error)
 	if err != nil {
 		return err
 	}
-	l, where, err := o.bind(ctx, disks, p)
-	if err != nil {
-		return err
-	}
-	if !g.quiet {
-		mode := "read-only"
-		if o.writable {
-			mode = "writable"
-		}
-		_, _ = fmt.Fprintf(c.OutOrStdout(), "%s@%s %s at %s\n", p.VM, p.ID, mode, where)
-	}
-	srv := &nbd.Server{Exports: set, Log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))}
-	return srv.Serve(ctx, l)
-}
-
-func (o exportOptions) bind(ctx context.Context, disks []int, p *restore.PointDetails) (net.Listener, string, error) {
-	network, addr := "unix", o.socket
-	if o.listen != "" {
-		network, addr = "tcp", o.listen
-	}
-	l, err := nbd.Listen(ctx, network, addr)
-	if err != nil {
-		return nil, "", err
-	}
 	name := ""
 	if len(disks) > 1 {
 		name = p.Disks[disks[0]].Name
 	}
-	if network == "unix" {
-		return l, "nbd+unix:///" + name + "?socket=" + absolute(o.socket), nil
+	mode := "read-only"
+	if o.writable {
+		mode = "writable"
 	}
-	return l, "nbd://" + l.Addr().String() + "/" + name, nil
+	return o.serve(c, g, set, name, fmt.Sprintf("%s@%s %s at ", p.VM, p.ID, mode))
+}
+
+// runAll serves the points of several machines.
+func (o exportOptions) runAll(c *cobra.Command, g *globals) (err error) {
+	if err := o.check("export"); err != nil {
+		return err
+	}
+	if o.writable || o.overlay != "" || o.limit != "" || o.disk != -1 {
+		return usageError{errors.New("export: --writable, --overlay, --overlay-limit and --disk go with one NAME@POINT")}
+	}
+	ctx := c.Context()
+	cat, repo, err := g.catalog(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, repo.Close()) }()
+	known, err := cat.VMs(ctx)
+	if err != nil {
+		return err
+	}
+	var vms []string
+	if !o.all {
+		vms = o.vms
+	}
+	for _, vm := range o.vms {
+		if !slices.Contains(known, vm) {
+			return fmt.Errorf("export: %w: no points of %s", restore.ErrNotFound, vm)
+		}
+	}
+	name := "NAME@latest"
+	if shown := cmp.Or(strings.Join(vms, " "), strings.Join(known, " ")); shown != "" {
+		name = strings.Fields(shown)[0] + "@latest"
+	}
+	return o.serve(c, g, nbd.NewPoints(cat, vms...), name, fmt.Sprintf("all points of %s read-only, such as ", cmp.Or(strings.Join(vms, ", "), "all machines")))
+}
+
+// serve serves exports until ctx ends, after it has said where.
+func (o *exportOptions) serve(c *cobra.Command, g *globals, exports nbd.Exports, name, what string) error {
+	srv, err := o.server(exports)
+	if err != nil {
+		return err
+	}
+	ctx := c.Context()
+	l, where, err := o.bind(ctx, name)
+	if err != nil {
+		return err
+	}
+	if !g.quiet {
+		_, _ = fmt.Fprintf(c.OutOrStdout(), "%s%s\n", what, where)
+		if err := o.openToAll(l); err != nil {
+			_, _ = fmt.Fprintf(c.ErrOrStderr(), "tidemark: %s: %v\n", l.Addr(), err)
+		}
+	}
+	return srv.Serve(ctx, l)
 }
 
 // closingDisk is a disk that was opened for the export.
@@ -183,24 +241,6 @@ func (o exportOptions) openOverlay(cat *restore.Catalog, p *restore.PointDetails
 		}
 	}
 	return d, nil
-}
-
-// findBootable finds a point to run a machine from. One that shows no single
-// instant, or is known to be damaged, has to be asked for by its ID.
-func findBootable(ctx context.Context, cat *restore.Catalog, ref string) (*restore.PointDetails, error) {
-	p, err := cat.Find(ctx, ref)
-	if err != nil {
-		return nil, err
-	}
-	_, point, _ := strings.Cut(ref, "@")
-	byID := len(point) >= 4 && strings.HasPrefix(p.ID, point)
-	if p.Damage != nil && !byID {
-		return nil, fmt.Errorf("%s is %s@%s, which is damaged: choose another point, or name it by its ID", ref, p.VM, p.ID)
-	}
-	if p.Consistency == string(store.None) && !byID {
-		return nil, fmt.Errorf("%s is %s@%s, which was read while it was written and shows no single instant: choose another point, or name it by its ID", ref, p.VM, p.ID)
-	}
-	return p, nil
 }
 
 func chooseDisks(p *restore.PointDetails, disk int) ([]int, error) {

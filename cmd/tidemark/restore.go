@@ -95,7 +95,7 @@ func (o *restoreOptions) run(c *cobra.Command, g *globals, ref string) (err erro
 		return err
 	}
 	defer func() { err = errors.Join(err, repo.Close()) }()
-	p, err := findBootable(ctx, cat, ref)
+	p, err := cat.FindBootable(ctx, ref)
 	if err != nil {
 		return err
 	}
