@@ -34,8 +34,9 @@ type Options struct {
 	AllowOther bool
 
 	// Refresh is how long a listing of VMs or points may be used before the repository
-	// is asked again; 0 means one second. It takes up to twice as long until a
-	// new point is seen or a deleted one is gone.
+	// is asked again, which it is only when somebody looks; 0 means one second. A listing that takes
+	// longer than a tenth of it to read is used ten times as long as that. It takes up to
+	// twice as long until a new point is seen or a deleted one is gone.
 	Refresh time.Duration
 
 	// Failed, if set, is told why a call on the path, relative to the mount, got an
@@ -81,7 +82,7 @@ func Mount(ctx context.Context, dir string, catalog *restore.Catalog, o Options)
 		return nil, fmt.Errorf("%w: %w", ErrNoFUSE, err)
 	}
 	t := newTree(context.WithoutCancel(ctx), catalog, o)
-	server, err := fs.Mount(dir, &rootDir{node: node{tree: t}}, mountOptions(catalog, o))
+	server, err := fs.Mount(dir, t.root, mountOptions(catalog, o))
 	if err != nil {
 		t.close()
 		return nil, fmt.Errorf("mount %s: %w", dir, err)
