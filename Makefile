@@ -7,7 +7,7 @@ LINT     = $(GO) tool -modfile=tools/go.mod golangci-lint
 FUZZTIME ?= 30s
 comma := ,
 
-.PHONY: all build demo test deps generate check-generate lint unit fuzz bench bench-tracking bench-tracking-vm bench-incremental bench-repository bench-scale truth campaign vmtest vmtest-files matrix crash flood model clean help
+.PHONY: all build demo test deps generate check-generate lint unit fuzz bench bench-tracking bench-tracking-vm bench-incremental bench-repository bench-scale bench-mount truth campaign vmtest vmtest-files matrix crash flood model clean help
 
 all: build
 
@@ -87,6 +87,11 @@ bench-repository: build ## a full backup, its repository, restore and random rea
 	test/deps.sh run bench
 	$(GO) build -o bin/repobench ./test/bench/repobench
 	bin/repobench -tidemark bin/tidemark $(if $(BENCHDIR),-dir $(BENCHDIR)) $(BENCHFLAGS)
+
+bench-mount: build ## reads from a mounted point beside a plain file, nbdfuse and qemu-storage-daemon (BENCHDIR=, BENCHFLAGS=)
+	test/deps.sh run
+	$(GO) build -o bin/mountbench ./test/bench/mountbench
+	bin/mountbench -tidemark bin/tidemark $(if $(BENCHDIR),-dir $(BENCHDIR)) $(BENCHFLAGS)
 
 truth: ## the truth test for longer: EPOCHS swaps (default 5000)
 	TIDEMARK_TRUTH_EPOCHS=$${EPOCHS:-5000} $(GO) test -count 1 -timeout 2h -v -run 'TestTruth$$' ./cbt
