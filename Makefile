@@ -7,7 +7,7 @@ LINT     = $(GO) tool -modfile=tools/go.mod golangci-lint
 FUZZTIME ?= 30s
 comma := ,
 
-.PHONY: all build demo test deps generate check-generate lint unit fuzz bench bench-tracking bench-tracking-vm bench-incremental bench-repository bench-scale bench-boot truth campaign vmtest vmtest-files vmtest-nbd matrix crash flood model clean help
+.PHONY: all build demo test deps generate check-generate lint unit fuzz bench bench-tracking bench-tracking-vm bench-incremental bench-repository bench-scale bench-boot bench-mount truth campaign vmtest vmtest-files vmtest-nbd matrix crash flood model clean help
 
 all: build
 
@@ -94,6 +94,11 @@ bench-boot: ## booting a point over NBD beside booting the restored file (BENCHF
 	mkdir -p bin
 	$(GO) build -o bin/bootbench ./test/bench/bootbench
 	bin/bootbench $(BENCHFLAGS)
+
+bench-mount: build ## reads from a mounted point beside a plain file, nbdfuse and qemu-storage-daemon (BENCHDIR=, BENCHFLAGS=)
+	test/deps.sh run
+	$(GO) build -o bin/mountbench ./test/bench/mountbench
+	bin/mountbench -tidemark bin/tidemark $(if $(BENCHDIR),-dir $(BENCHDIR)) $(BENCHFLAGS)
 
 truth: ## the truth test for longer: EPOCHS swaps (default 5000)
 	TIDEMARK_TRUTH_EPOCHS=$${EPOCHS:-5000} $(GO) test -count 1 -timeout 2h -v -run 'TestTruth$$' ./cbt
