@@ -125,8 +125,8 @@ func hasOpen(pid int, want []unix.Stat_t) []bool {
 	}
 	open := make([]bool, len(want))
 	for _, fd := range fds {
-		var st unix.Stat_t
-		if unix.Stat(proc+"/fd/"+fd.Name(), &st) != nil {
+		st, err := cachedStat(proc + "/fd/" + fd.Name())
+		if err != nil {
 			continue
 		}
 		for i := range want {
@@ -134,6 +134,19 @@ func hasOpen(pid int, want []unix.Stat_t) []bool {
 		}
 	}
 	return open
+}
+
+// cachedStat is stat, but does not ask a server (NFS, FUSE): one that hangs would hang
+// whoever looks at what others have open. Filled are Mode, Ino, Dev and Rdev, which such a
+// file never changes.
+func cachedStat(path string) (st unix.Stat_t, err error) {
+	var x unix.Statx_t
+	if err := unix.Statx(unix.AT_FDCWD, path, unix.AT_STATX_DONT_SYNC, unix.STATX_TYPE|unix.STATX_INO, &x); err != nil {
+		return st, err
+	}
+	st.Mode, st.Ino = uint32(x.Mode), x.Ino
+	st.Dev, st.Rdev = unix.Mkdev(x.Dev_major, x.Dev_minor), unix.Mkdev(x.Rdev_major, x.Rdev_minor)
+	return st, nil
 }
 
 // sameFile compares block devices by their number, all else by its inode.
