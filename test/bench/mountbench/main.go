@@ -27,6 +27,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tidemark/tidemark/bpf"
 	"github.com/tidemark/tidemark/test/bench/measure"
 )
 
@@ -113,12 +114,13 @@ func (b *bench) prepare(ctx context.Context) error {
 	if err := errors.Join(w.Flush(), f.Sync(), f.Close()); err != nil {
 		return err
 	}
-	for _, args := range [][]string{{"init", "-r", b.repo()}, {"backup", "bench", "--disk", b.plain(), "-r", b.repo()}} {
-		if _, err := (measure.Process{Path: b.binary, Args: args}).Run(ctx); err != nil {
-			return err
+	pins := filepath.Join("/sys/fs/bpf", filepath.Base(b.dir)) // the host's own tracking is not touched
+	for _, args := range [][]string{{"init"}, {"backup", "bench", "--disk", b.plain()}} {
+		if _, err := (measure.Process{Path: b.binary, Args: append(args, "-r", b.repo(), "--pin-dir", pins)}).Run(ctx); err != nil {
+			return errors.Join(err, bpf.Remove(pins))
 		}
 	}
-	return nil
+	return bpf.Remove(pins)
 }
 
 // layer is one way to get at the disk.
@@ -172,8 +174,12 @@ func (b *bench) start(ctx context.Context, l *layer) (f *os.File, stop func() er
 			return nil, nil, err
 		}
 		stop = func() error {
-			_, err := measure.Process{Path: "fusermount3", Args: []string{"-u", l.mnt}}.Run(context.WithoutCancel(ctx))
-			_ = cmd.Process.Signal(unix.SIGTERM) // qemu-storage-daemon stays
+			var err error
+			if l.mnt == l.file { // qemu-storage-daemon unmounts by itself
+				err = cmd.Process.Signal(unix.SIGTERM)
+			} else {
+				_, err = measure.Process{Path: "fusermount3", Args: []string{"-u", l.mnt}}.Run(context.WithoutCancel(ctx))
+			}
 			if werr := cmd.Wait(); werr != nil && !isExit(werr) {
 				err = errors.Join(err, werr)
 			}
