@@ -71,6 +71,7 @@ type Attr struct {
 type DirEntry struct {
 	Name string
 	Attr Attr
+	Err  error // why Attr is not known, but for the type in Mode: a damaged inode
 }
 
 // States of a volume.
