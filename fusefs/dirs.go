@@ -147,6 +147,7 @@ type latestLink struct {
 
 func linkAttr(a *fuse.Attr, to namedPoint) {
 	a.Mode = syscall.S_IFLNK | 0o777
+	a.Owner = us
 	a.Nlink = 1
 	a.Size = uint64(len(to.name))
 	setTimes(a, to.Time)
@@ -239,6 +240,9 @@ func (d *pointDir) Lookup(ctx context.Context, name string, out *fuse.EntryOut) 
 	case name == configFile && len(p.Config) > 0:
 		return d.text(ctx, p.Config, &out.Attr, what)
 	}
+	if child := d.filesOf(ctx, p, name, out); child != nil {
+		return child, 0
+	}
 	i := slices.Index(diskNames(p), name)
 	if i < 0 {
 		return nil, syscall.ENOENT
@@ -267,6 +271,11 @@ func (d *pointDir) Readdir(context.Context) (fs.DirStream, syscall.Errno) {
 	for _, n := range names {
 		if fits(n) {
 			entries = append(entries, fuse.DirEntry{Name: n, Mode: syscall.S_IFREG, Ino: ino("file", p.VM, p.ID, n)})
+		}
+	}
+	for _, disk := range p.Disks {
+		if n := disk.Name + filesSuffix; d.tree.files != nil && fits(n) {
+			entries = append(entries, fuse.DirEntry{Name: n, Mode: syscall.S_IFDIR, Ino: ino("files", p.VM, p.ID, n)})
 		}
 	}
 	return fs.NewListDirStream(entries), 0

@@ -133,7 +133,7 @@ func TestExt4(t *testing.T) {
 	run(t, "truncate", "-s", "64M", img)
 	run(t, "mkfs.ext4", "-q", "-L", "root", "-d", src, img)
 	began := time.Now()
-	d := newPool(t, c).Disk(image(img))
+	d := newPool(t, c).Disk(img, image(img))
 	vs, err := d.Volumes(t.Context())
 	if err != nil {
 		t.Fatal(err)

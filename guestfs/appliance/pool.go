@@ -39,6 +39,7 @@ type Pool struct {
 	}
 
 	mu      sync.Mutex
+	named   map[string]*Disk
 	disks   map[*Disk]bool // that have a machine or start one
 	changed chan struct{}  // closed and made anew when one gets free
 	closed  bool
@@ -55,7 +56,7 @@ func NewPool(c Config) *Pool {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	p := &Pool{config: c, disks: map[*Disk]bool{}, changed: make(chan struct{})}
+	p := &Pool{config: c, named: map[string]*Disk{}, disks: map[*Disk]bool{}, changed: make(chan struct{})}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.wait.Go(p.endIdle)
 	return p
@@ -113,8 +114,17 @@ type Disk struct {
 
 var _ guestfs.Files = (*Disk)(nil)
 
-// Disk makes the files of a disk. It need not be closed.
-func (p *Pool) Disk(open Opener) *Disk { return &Disk{pool: p, open: open} }
+// Disk is the files of the disk that identity names for good. It need not be closed.
+func (p *Pool) Disk(identity string, open Opener) *Disk {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	d := p.named[identity]
+	if d == nil {
+		d = &Disk{pool: p, open: open}
+		p.named[identity] = d
+	}
+	return d
+}
 
 // detach takes a disk's machine away from it. The caller has p.mu, and ends the machine without.
 func (p *Pool) detach(d *Disk) *machine {
