@@ -230,7 +230,7 @@ var fileSystems = map[string]fileSystem{
 	// The default subvolume may leave out others.
 	"btrfs": {kernel: "btrfs", options: "subvolid=5"},
 	// "force": a dirty volume; what its log could not repair is refused all the same (fs/ntfs3/super.c).
-	"ntfs":    {kernel: "ntfs3", options: "force,acl", writableFirst: true},
+	"ntfs":    {kernel: "ntfs3", options: "force", writableFirst: true},
 	"vfat":    {kernel: "vfat", options: "utf8=1,shortname=mixed,tz=UTC"},
 	"exfat":   {kernel: "exfat", options: "iocharset=utf8"},
 	"iso9660": {kernel: "iso9660"},

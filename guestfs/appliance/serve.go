@@ -412,10 +412,10 @@ func (c *fileCache) get(volume, path string, root int) (*cachedFile, error) {
 		}
 		f = &cachedFile{key: key, fd: opened}
 		c.open[key] = f
-		c.evict()
 	}
 	f.users++
 	f.used = c.tick
+	c.evict()
 	return f, nil
 }
 
@@ -431,7 +431,7 @@ func (c *fileCache) evict() {
 	for len(c.open) > keptFiles {
 		var oldest *cachedFile
 		for _, f := range c.open {
-			if f.users == 0 && f.used != c.tick && (oldest == nil || f.used < oldest.used) {
+			if f.users == 0 && (oldest == nil || f.used < oldest.used) {
 				oldest = f
 			}
 		}
