@@ -16,7 +16,7 @@ var noTree = map[string]string{
 	"luks":      "LUKS: needs a key",
 	"bitlocker": "BitLocker: needs a key",
 	"swap":      "swap space, no files",
-	"lvm":       "LVM physical volume: see its logical volumes",
+	"lvm":       "LVM physical volume: LVM inside a guest is not read",
 	"md":        "member of a Linux RAID: RAID inside a guest is not read",
 	"jbd":       "external journal, no files",
 	"unknown":   "no signature of a file system that is known",

@@ -145,10 +145,10 @@ func (f *file) ReadAtContext(ctx context.Context, p []byte, off int64) (int, err
 		g.Go(func() error {
 			part := p[i*piece : min((i+1)*piece, len(p))]
 			b, err := f.tree.ask(gctx, opRead, f.path, off+int64(i*piece), int64(len(part)))
-			if err == nil && len(b) > len(part) {
-				err = fmt.Errorf("%w: more than was asked for", errWire)
+			if err != nil {
+				return err
 			}
-			got[i] = copy(part, b)
+			got[i], err = decodeRead(b, part)
 			return err
 		})
 	}

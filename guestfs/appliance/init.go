@@ -141,7 +141,7 @@ func openPort() (port, error) {
 	return -1, errors.New("no virtio-serial port")
 }
 
-// findVolumes looks at the disk, its partitions as the kernel sees them, and the logical volumes in them.
+// findVolumes looks at the disk, or at its partitions as the kernel sees them.
 func findVolumes() ([]guestfs.Volume, error) {
 	parts, err := filepath.Glob("/sys/class/block/" + diskName + "[0-9]*")
 	if err != nil {
@@ -178,11 +178,7 @@ func findVolumes() ([]guestfs.Volume, error) {
 			return nil, err
 		}
 	}
-	lvs, err := findLogical(volumes)
-	if err != nil {
-		return nil, err
-	}
-	return append(volumes, lvs...), nil
+	return volumes, nil
 }
 
 // devices are the nodes of the volumes, by name.

@@ -197,11 +197,11 @@ func fillTree(t *testing.T, dir string, n int, kind string) {
 	must(os.Chtimes(filepath.Join(odd, "-rf"), old, old))
 	f, err := os.Create(filepath.Join(dir, "sparse"))
 	must(err)
-	for _, off := range []int64{0, 1 << 20, 100 << 20, 700 << 20} {
+	for _, off := range []int64{0, 1 << 20, 100 << 20, 250 << 20} {
 		_, err = f.WriteAt([]byte("data"), off)
 		must(err)
 	}
-	must(f.Truncate(900 << 20))
+	must(f.Truncate(300 << 20))
 	must(f.Close())
 }
 
@@ -388,14 +388,129 @@ func TestEveryKind(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		data, err := f.Seek(200<<20, unix.SEEK_DATA)
-		if err != nil || data != 700<<20 {
-			t.Errorf("%s: data of the sparse file after 200 MiB at %d, %v", m.kind, data, err)
+		data, err := f.Seek(150<<20, unix.SEEK_DATA)
+		if err != nil || data != 250<<20 {
+			t.Errorf("%s: data of the sparse file after 150 MiB at %d, %v", m.kind, data, err)
 		}
 		var st syscall.Stat_t
 		if err := syscall.Stat(filepath.Join(root, "sparse"), &st); err != nil || st.Blocks > 4096 {
 			t.Errorf("%s: the sparse file has %d blocks, %v", m.kind, st.Blocks, err)
 		}
 		_ = f.Close()
+	}
+}
+
+// TestCrashConsistent looks at file systems that were copied while they were mounted, after fsync.
+func TestCrashConsistent(t *testing.T) {
+	needTools(t, "mkfs.ext4", "mkfs.xfs", "mkfs.btrfs", "sfdisk")
+	c := config(t)
+	work := t.TempDir()
+	var images, kinds []string
+	want := map[string]map[string]entry{}
+	for _, m := range mkfs[:4] { // those that have a journal
+		img := filepath.Join(work, m.kind)
+		run(t, "truncate", "-s", fmt.Sprintf("%dM", m.size), img)
+		run(t, "sh", "-c", m.cmd+" "+img+" > /dev/null")
+		dir := filepath.Join(work, m.kind+".dir")
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		mountLoop(t, m.kind, img, dir)
+		func() {
+			defer run(t, "umount", dir)
+			for i := range 100 {
+				p := filepath.Join(dir, fmt.Sprintf("synced%d", i))
+				f, err := os.Create(p)
+				if err != nil {
+					t.Fatal(err)
+				}
+				_, err = f.Write(bytes.Repeat(fmt.Append(nil, m.kind, i), 1+i*20))
+				if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want[m.kind] = survey(t, dir)
+			d, err := os.Open(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := errors.Join(d.Sync(), d.Close()); err != nil {
+				t.Fatal(err)
+			}
+			run(t, "cp", "--sparse=always", img, img+".copy")
+		}()
+		images, kinds = append(images, img+".copy"), append(kinds, m.kind)
+	}
+	disk := filepath.Join(work, "disk")
+	partitioned(t, disk, images)
+	dir := mounted(t, newPool(t, c), disk)
+	for i, kind := range kinds {
+		got := survey(t, filepath.Join(dir, fmt.Sprintf("p%d", i+1)))
+		synced := 0
+		for path, w := range want[kind] {
+			if !strings.HasPrefix(path, "synced") {
+				continue
+			}
+			if g, ok := got[path]; ok && g.hash == w.hash && g.size == w.size {
+				synced++
+			}
+		}
+		t.Logf("TABLE %s copied while mounted: %d of 100 fsynced files are there and right", kind, synced)
+		if synced != 100 {
+			t.Errorf("%s: %d of 100 fsynced files", kind, synced)
+		}
+	}
+	readme, err := os.ReadFile(filepath.Join(dir, "README.txt"))
+	t.Logf("%s%v", readme, err)
+}
+
+// TestRefused looks at what has no tree: each is an error and says why.
+func TestRefused(t *testing.T) {
+	needTools(t, "sfdisk", "mkswap", "mkfs.ext4")
+	c := config(t)
+	work := t.TempDir()
+	var images []string
+	add := func(name string, content []byte) string {
+		img := filepath.Join(work, name)
+		if err := os.WriteFile(img, content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		run(t, "truncate", "-s", "16M", img)
+		images = append(images, img)
+		return img
+	}
+	add("luks", []byte("LUKS\xba\xbe\x00\x02"))
+	run(t, "mkswap", "-q", add("swap", nil))
+	add("unknown", []byte("nothing"))
+	run(t, "mkfs.ext4", "-q", "-F", add("ext4", nil))
+	broken := add("broken", nil)
+	run(t, "mkfs.ext4", "-q", "-F", broken)
+	f, err := os.OpenFile(broken, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = f.WriteAt(bytes.Repeat([]byte{0x5a}, 64), 4096) // group descriptors
+	if err := errors.Join(err, f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	lvm := make([]byte, 1024)
+	copy(lvm[512:], "LABELONE")
+	copy(lvm[512+24:], "LVM2 001")
+	add("lvm", lvm)
+	disk := filepath.Join(work, "disk")
+	partitioned(t, disk, images)
+	dir := mounted(t, newPool(t, c), disk)
+	for i, want := range []syscall.Errno{unix.ENOKEY, unix.EMEDIUMTYPE, unix.EMEDIUMTYPE, 0, unix.EIO, unix.EMEDIUMTYPE} {
+		_, err := os.ReadDir(filepath.Join(dir, fmt.Sprintf("p%d", i+1)))
+		if want == 0 && err != nil || want != 0 && !errors.Is(err, want) {
+			t.Errorf("%s: got %v, want %v", filepath.Base(images[i]), err, want)
+		}
+	}
+	readme, err := os.ReadFile(filepath.Join(dir, "README.txt"))
+	t.Logf("%s%v", readme, err)
+	for _, want := range []string{"LUKS: needs a key", "swap space", "no signature", "p5: cannot be mounted", "EXT4-fs", "LVM physical volume"} {
+		if !bytes.Contains(readme, []byte(want)) {
+			t.Errorf("README.txt does not say %q", want)
+		}
 	}
 }

@@ -1,6 +1,7 @@
 package appliance
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -309,6 +310,7 @@ func (s *server) read(root int, r *request, e *encoder) error {
 		return err
 	}
 	defer s.files.put(f)
+	e.uint(0) // these are not zeroes
 	start := len(e.b)
 	e.b = append(e.b, make([]byte, r.n)...)
 	done := 0
@@ -326,6 +328,10 @@ func (s *server) read(root int, r *request, e *encoder) error {
 		done += n
 	}
 	e.b = e.b[:start+done]
+	if data := e.b[start:]; len(data) > 0 && len(bytes.TrimLeft(data, "\x00")) == 0 {
+		e.b = e.b[:start-1] // a hole costs nothing to pass on
+		e.uint(uint64(done))
+	}
 	return nil
 }
 

@@ -251,6 +251,23 @@ func decodeVolumes(b []byte) (vs []guestfs.Volume, err error) {
 	return vs, d.err
 }
 
+// decodeRead fills p with what was read: so many zeroes, or if that is 0, data.
+func decodeRead(b, p []byte) (int, error) {
+	d := decoder{b: b}
+	zeroes := d.uint()
+	if d.err == nil && (zeroes > uint64(len(p)) || len(d.b) > len(p) || zeroes > 0 && len(d.b) > 0) {
+		d.fail("more than was asked for")
+	}
+	if d.err != nil {
+		return 0, d.err
+	}
+	if zeroes > 0 {
+		clear(p[:zeroes])
+		return int(zeroes), nil
+	}
+	return copy(p, d.b), nil
+}
+
 func decodeXattrs(b []byte) (map[string][]byte, error) {
 	d := decoder{b: b}
 	m := map[string][]byte{}
