@@ -110,6 +110,7 @@ func mountOptions(catalog *restore.Catalog, o Options) *fs.Options {
 		options = append(options, "default_permissions")
 	}
 	return &fs.Options{
+		NullPermissions: true, // a guest's file of mode 0 has mode 0
 		MountOptions: fuse.MountOptions{
 			Name:             "tidemark",
 			FsName:           "tidemark-" + catalog.ID(),
