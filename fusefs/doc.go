@@ -2,6 +2,7 @@
 //
 //	<vm>/latest                          link to the newest point
 //	<vm>/2026-11-22T18-30-00Z/disk0.raw  a disk, byte for byte
+//	<vm>/2026-11-22T18-30-00Z/disk0.files/p1/ the guest's own files, if the mount shows them
 //	<vm>/2026-11-22T18-30-00Z/point.json the point's document
 //	<vm>/2026-11-22T18-30-00Z/vm.json    the VM's configuration, if the point has one
 //
@@ -10,5 +11,5 @@
 // appear and deleted ones vanish while it is mounted.
 //
 // It hides FUSE: nodes, caching in the kernel, mounting with and without
-// privilege. It may import restore and no other package of Tidemark.
+// privilege. It may import restore and guestfs.
 package fusefs
