@@ -26,7 +26,7 @@ var noTree = map[string]string{
 // error is one of reading. Offsets are those of the kernel's headers and of libblkid.
 func Probe(r io.ReaderAt, size int64) (Volume, error) {
 	head := make([]byte, min(size, probeBytes))
-	if _, err := r.ReadAt(head, 0); err != nil && err != io.EOF { //nolint:errorlint // io.ReaderAt gives it plain
+	if _, err := r.ReadAt(head, 0); err != nil && err != io.EOF {
 		return Volume{}, err
 	}
 	v := probe(head)

@@ -10,7 +10,7 @@ func FuzzAnswers(f *testing.F) {
 	var e encoder
 	e.uint(1)
 	e.int(7)
-	f.Add([]byte(e.b))
+	f.Add(e.b)
 	f.Add(fail(failMount, 0, "why"))
 	f.Add([]byte{0, 1, 2, 3})
 	f.Fuzz(func(t *testing.T, b []byte) {
