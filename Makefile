@@ -7,7 +7,7 @@ LINT     = $(GO) tool -modfile=tools/go.mod golangci-lint
 FUZZTIME ?= 30s
 comma := ,
 
-.PHONY: all build demo test deps generate check-generate lint unit fuzz bench bench-tracking bench-tracking-vm bench-incremental bench-repository bench-scale bench-boot bench-mount truth campaign vmtest vmtest-files vmtest-nbd matrix crash flood model clean help
+.PHONY: all build demo test deps generate check-generate lint unit fuzz bench bench-tracking bench-tracking-vm bench-incremental bench-repository bench-scale bench-boot bench-mount truth campaign vmtest vmtest-files vmtest-nbd test-files matrix crash flood model clean help
 
 all: build
 
@@ -117,6 +117,10 @@ matrix: ## truth for kernel × device kind, in QEMU (KERNELS=SUITE/PACKAGE,... K
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/tidemark ./cmd/tidemark
 	$(GO) run ./test/vm/cmd/matrix $(if $(KERNELS),-kernels '$(KERNELS)') $(if $(KINDS),-kinds '$(KINDS)') $(if $(WRITES),-writes $(WRITES)) $(if $(EPOCHS),-epochs $(EPOCHS)) \
 	  bin/cbt.test bin/bpf.test bin/tidemark
+
+test-files: ## guests' own files: 5,000 on each kind of file system, and 100 damaged ones of each: 30 minutes emulated
+	test/deps.sh run
+	TIDEMARK_FILES=5000 TIDEMARK_CORRUPT=100 $(GO) test -count=1 -v -timeout 60m ./guestfs/...
 
 vmtest-files: ## image files on ext4, xfs and btrfs under a Debian kernel in QEMU: 35 minutes emulated
 	test/deps.sh build run

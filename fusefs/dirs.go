@@ -147,6 +147,7 @@ type latestLink struct {
 
 func linkAttr(a *fuse.Attr, to namedPoint) {
 	a.Mode = syscall.S_IFLNK | 0o777
+	a.Owner = us
 	a.Nlink = 1
 	a.Size = uint64(len(to.name))
 	setTimes(a, to.Time)
@@ -240,6 +241,9 @@ func (d *pointDir) Lookup(ctx context.Context, name string, out *fuse.EntryOut) 
 	case name == changesName:
 		return d.changes(ctx, p, out)
 	}
+	if child := d.filesOf(ctx, p, name, out); child != nil {
+		return child, 0
+	}
 	for i, disk := range p.Disks {
 		switch name {
 		case disk.Name + diskSuffix:
@@ -274,6 +278,9 @@ func (d *pointDir) Readdir(context.Context) (fs.DirStream, syscall.Errno) {
 	for _, disk := range p.Disks {
 		add(disk.Name+diskSuffix, syscall.S_IFREG)
 		add(disk.Name+partsSuffix, syscall.S_IFDIR)
+		if n := disk.Name + filesSuffix; d.tree.files != nil && fits(n) {
+			entries = append(entries, fuse.DirEntry{Name: n, Mode: syscall.S_IFDIR, Ino: ino("files", p.VM, p.ID, n)})
+		}
 	}
 	add(changesName, syscall.S_IFREG)
 	add(documentFile, syscall.S_IFREG)

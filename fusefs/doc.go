@@ -5,6 +5,7 @@
 //	    disk0.raw                    a disk, byte for byte
 //	    disk0.parts/p1.raw           a partition of it
 //	    disk0.parts/partitions.json  where they lie
+//	    disk0.files/p1/              the guest's own files, if the mount shows them
 //	    changes-since-previous.json  where the disks differ from the point before
 //	    point.json                   the point's document
 //	    vm.json                      the VM's configuration, if the point has one

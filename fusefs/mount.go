@@ -18,6 +18,7 @@ import (
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
 
+	"github.com/tidemark/tidemark/guestfs"
 	"github.com/tidemark/tidemark/restore"
 )
 
@@ -41,6 +42,10 @@ type Options struct {
 	// longer than a tenth of it to read is used ten times as long as that. It takes up to
 	// twice as long until a new point is seen or a deleted one is gone.
 	Refresh time.Duration
+
+	// Files, if set, gives the guest's own files in a disk of a point, which are shown below
+	// <disk>.files. It is called by many goroutines, and must not wait.
+	Files func(p *restore.PointDetails, disk int) guestfs.Files
 
 	// Failed, if set, is told why a call on the path, relative to the mount, got an
 	// I/O error. It is called by many goroutines.
@@ -131,23 +136,28 @@ func checkHelper(allowOther bool, conf string) error {
 }
 
 func mountOptions(catalog *restore.Catalog, o Options) *fs.Options {
+	// "ro" makes every write end in EROFS before it comes to us.
+	options := []string{"ro"}
+	if o.AllowOther {
+		// Others may read what the modes and owners of the guest allow them. Who mounts can read the disk itself,
+		// so nothing of it is kept from them.
+		options = append(options, "default_permissions")
+	}
 	return &fs.Options{
-		UID: uint32(os.Getuid()),
-		GID: uint32(os.Getgid()),
+		NullPermissions: true, // a guest's file of mode 0 has mode 0
 		MountOptions: fuse.MountOptions{
 			Name:             "tidemark",
 			FsName:           "tidemark-" + catalog.ID(),
 			AllowOther:       o.AllowOther,
-			DisableXAttrs:    true,
+			DisableXAttrs:    o.Files == nil,
 			DirectMount:      true, // first; else fusermount3
 			DirectMountFlags: unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV,
-			// "ro" makes every write end in EROFS before it comes to us.
-			Options:       []string{"ro", "default_permissions"},
-			MaxWrite:      requestSize,
-			MaxReadAhead:  requestSize,
-			MaxBackground: 64,
-			DisableSplice: true, // what we answer lies in memory: a pipe would be filled in vain
-			Logger:        log.New(io.Discard, "", 0),
+			Options:          options,
+			MaxWrite:         requestSize,
+			MaxReadAhead:     requestSize,
+			MaxBackground:    64,
+			DisableSplice:    true, // what we answer lies in memory: a pipe would be filled in vain
+			Logger:           log.New(io.Discard, "", 0),
 		},
 	}
 }

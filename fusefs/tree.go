@@ -5,13 +5,16 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
+	"os"
 	"sync"
 	"syscall"
 	"time"
 
 	"github.com/hanwen/go-fuse/v2/fs"
 	"github.com/hanwen/go-fuse/v2/fuse"
+	lru "github.com/hashicorp/golang-lru/v2"
 
+	"github.com/tidemark/tidemark/guestfs"
 	"github.com/tidemark/tidemark/restore"
 )
 
@@ -24,6 +27,8 @@ type tree struct {
 	refresh time.Duration
 	failed  func(path string, err error)
 	began   time.Time
+	files   func(p *restore.PointDetails, disk int) guestfs.Files // nil: not shown
+	seen    *lru.Cache[guestPath, guestfs.Attr]                   // by readers of directories, soon to be looked up
 
 	// ctx ends with the mount. Requests do not use their own contexts: those end with any signal to
 	// the reader (the Go runtime alone sends many), and the reader of a file
@@ -41,15 +46,20 @@ type tree struct {
 	closed   bool
 }
 
+// seenEntries take about 300 bytes each.
+const seenEntries = 32 << 10
+
 func newTree(ctx context.Context, catalog *restore.Catalog, o Options) *tree {
 	t := &tree{
 		catalog:  catalog,
 		refresh:  o.Refresh,
 		failed:   o.Failed,
+		files:    o.Files,
 		began:    time.Now(),
 		listings: map[string]*polled[listing]{},
 		open:     map[*openDisk]bool{},
 	}
+	t.seen, _ = lru.New[guestPath, guestfs.Attr](seenEntries) // fails for no positive size
 	if t.refresh <= 0 {
 		t.refresh = time.Second
 	}
@@ -124,9 +134,13 @@ func ino(what ...string) uint64 {
 // setTimes sets all times of a to at.
 func setTimes(a *fuse.Attr, at time.Time) { a.SetTimes(&at, &at, &at) }
 
+// us owns what is not a guest's file.
+var us = fuse.Owner{Uid: uint32(os.Getuid()), Gid: uint32(os.Getgid())}
+
 // dirAttr describes a directory.
 func dirAttr(a *fuse.Attr, at time.Time) {
 	a.Mode = syscall.S_IFDIR | 0o555
+	a.Owner = us
 	a.Nlink = 2
 	setTimes(a, at)
 }
@@ -134,6 +148,7 @@ func dirAttr(a *fuse.Attr, at time.Time) {
 // fileAttr describes a file of size bytes.
 func fileAttr(a *fuse.Attr, size int64, at time.Time) {
 	a.Mode = syscall.S_IFREG | 0o444
+	a.Owner = us
 	a.Nlink = 1
 	a.Size = uint64(size)
 	a.Blocks = uint64(size+511) / 512

@@ -8,9 +8,14 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+
+	"github.com/tidemark/tidemark/guestfs/appliance"
 )
 
 func main() {
+	if appliance.IsInit() {
+		appliance.Init() // this is the machine that reads guest file systems
+	}
 	os.Exit(run(os.Args[1:]))
 }
 

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,6 +15,9 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/tidemark/tidemark/fusefs"
+	"github.com/tidemark/tidemark/guestfs"
+	"github.com/tidemark/tidemark/guestfs/appliance"
+	"github.com/tidemark/tidemark/restore"
 )
 
 // mountedEnv tells a background process which pipe to report to.
@@ -20,7 +25,8 @@ const mountedEnv = "TIDEMARK_MOUNTED_FD"
 
 func newMount(g *globals) *cobra.Command {
 	var o fusefs.Options
-	var daemon bool
+	var daemon, noFiles bool
+	var guest appliance.Config
 	c := &cobra.Command{
 		Use:   "mount DIR -r REPO",
 		Short: "Show every restore point as files",
@@ -31,6 +37,7 @@ func newMount(g *globals) *cobra.Command {
     disk0.raw                        the disk
     disk0.parts/p1.raw               a partition of it (GPT and MBR)
     disk0.parts/partitions.json      where the partitions lie, and what is wrong with the table
+    disk0.files/p1/                  the guest's own files on partition 1
     changes-since-previous.json      extents that differ from the point before
     point.json                       what is known of the point
 
@@ -51,6 +58,12 @@ deleted ones vanish. Works in the foreground until interrupted or unmounted;
 				return err
 			}
 			defer func() { err = errors.Join(err, repo.Close()) }()
+			o.Failed = func(path string, err error) { slog.Warn("cannot be read", "path", path, "error", clean(err)) }
+			if !noFiles {
+				pool := appliance.NewPool(guest)
+				defer func() { err = errors.Join(err, pool.Close()) }()
+				o.Files = guestFiles(cat, pool)
+			}
 			srv, err := fusefs.Mount(c.Context(), a[0], cat, o)
 			if err != nil {
 				return err
@@ -66,7 +79,24 @@ deleted ones vanish. Works in the foreground until interrupted or unmounted;
 	}
 	c.Flags().BoolVar(&o.AllowOther, "allow-other", false, "let other users read it (needs user_allow_other in /etc/fuse.conf unless root)")
 	c.Flags().BoolVar(&daemon, "daemon", false, "go to the background when mounted")
+	c.Flags().BoolVar(&noFiles, "no-files", false, "don't show disk0.files")
+	applianceFlags(c, &guest)
 	return c
+}
+
+// applianceFlags are those of commands that read guests' own files.
+func applianceFlags(c *cobra.Command, o *appliance.Config) {
+	c.Flags().StringVar(&o.Kernel, "appliance-kernel", os.Getenv("TIDEMARK_APPLIANCE_KERNEL"),
+		"kernel that reads guests' file systems, VMLINUZ[:MODULESDIR] (default $TIDEMARK_APPLIANCE_KERNEL, or the newest in /boot)")
+}
+
+// guestFiles gives the files in points' disks, read by appliances.
+func guestFiles(cat *restore.Catalog, pool *appliance.Pool) func(*restore.PointDetails, int) guestfs.Files {
+	return func(p *restore.PointDetails, disk int) guestfs.Files {
+		return pool.Disk(cat.Identity(p, disk), func(ctx context.Context) (restore.Disk, io.Closer, error) {
+			return cat.Open(ctx, p, disk)
+		})
+	}
 }
 
 // serveMount waits until the mount ends, by itself or by a signal.

@@ -82,9 +82,9 @@ func bootProbe(ctx context.Context, k *Kernel, accel string, limit time.Duration
 	if err != nil {
 		return err
 	}
-	a.char("dev/console", 5, 1)
-	a.file("bin/busybox", busybox, 0o755)
-	a.text("init", "#!/bin/busybox sh\necho TIDEMARK-PROBE alive\n/bin/busybox poweroff -f\n", cpioFile|0o755)
+	a.Char("dev/console", 5, 1)
+	a.Host("bin/busybox", busybox, 0o755)
+	a.Text("init", "#!/bin/busybox sh\necho TIDEMARK-PROBE alive\n/bin/busybox poweroff -f\n", 0o755)
 	if err := a.close(); err != nil {
 		return err
 	}

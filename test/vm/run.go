@@ -192,7 +192,7 @@ func (r *Run) pack(ctx context.Context, to, token string) (missing []string, err
 	if err != nil {
 		return nil, err
 	}
-	a.text("run.token", token+"\n", cpioFile|0o644)
+	a.Text("run.token", token+"\n", 0o644)
 	if err = r.fill(ctx, a); err == nil {
 		missing, err = r.packModules(ctx, a)
 	}
@@ -202,17 +202,17 @@ func (r *Run) pack(ctx context.Context, to, token string) (missing []string, err
 	return missing, err
 }
 
-func (r *Run) fill(ctx context.Context, a *initramfs) error {
+func (r *Run) fill(ctx context.Context, a *archive) error {
 	busybox, err := lookTool("busybox")
 	if err != nil {
 		return err
 	}
 	for _, d := range []string{"sbin", "proc", "sys", "tmp", "run", "mnt", "etc"} {
-		a.dir(d)
+		a.Dir(d)
 	}
-	a.char("dev/console", 5, 1)
-	a.file("bin/busybox", busybox, 0o755)
-	a.text("init", runInit, cpioFile|0o755)
+	a.Char("dev/console", 5, 1)
+	a.Host("bin/busybox", busybox, 0o755)
+	a.Text("init", runInit, 0o755)
 	for _, tool := range r.Tools {
 		host, err := lookTool(tool)
 		if err != nil {
@@ -240,19 +240,19 @@ func (r *Run) fill(ctx context.Context, a *initramfs) error {
 		}
 		list.WriteByte('\n')
 	}
-	a.text("run.list", list.String(), cpioFile|0o644)
+	a.Text("run.list", list.String(), 0o644)
 	for guest, host := range r.Files {
 		st, err := os.Stat(host)
 		if err != nil {
 			return err
 		}
-		a.file(guest, host, int(st.Mode().Perm()))
+		a.Host(guest, host, int(st.Mode().Perm()))
 	}
 	return nil
 }
 
 // packModules adds the modules and the order in which to load them.
-func (r *Run) packModules(ctx context.Context, a *initramfs) (missing []string, err error) {
+func (r *Run) packModules(ctx context.Context, a *archive) (missing []string, err error) {
 	var list strings.Builder
 	seen := map[string]bool{}
 	for i, m := range slices.Concat(r.Modules, r.Optional) {
@@ -287,13 +287,13 @@ func (r *Run) packModules(ctx context.Context, a *initramfs) (missing []string, 
 			list.WriteByte('\n')
 		}
 	}
-	a.text("modules.list", list.String(), cpioFile|0o644)
+	a.Text("modules.list", list.String(), 0o644)
 	return missing, nil
 }
 
 // module copies a kernel module. Compressed ones are unpacked: busybox's insmod
 // takes plain ones only.
-func (a *initramfs) module(ctx context.Context, host string) (guest string, err error) {
+func (a *archive) module(ctx context.Context, host string) (guest string, err error) {
 	guest = "/modules/" + filepath.Base(host)
 	var plain []byte
 	switch ext := filepath.Ext(host); ext {
@@ -306,14 +306,14 @@ func (a *initramfs) module(ctx context.Context, host string) (guest string, err 
 			plain, err = decodeZstd(plain)
 		}
 	default:
-		a.file(guest, host, 0o644)
-		return guest, a.err
+		a.Host(guest, host, 0o644)
+		return guest, a.Err()
 	}
 	if err != nil {
 		return "", fmt.Errorf("module %s: %w", host, err)
 	}
-	a.text(guest, string(plain), cpioFile|0o644)
-	return guest, a.err
+	a.Text(guest, string(plain), 0o644)
+	return guest, a.Err()
 }
 
 func decodeZstd(b []byte) ([]byte, error) {
