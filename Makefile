@@ -7,7 +7,7 @@ LINT     = $(GO) tool -modfile=tools/go.mod golangci-lint
 FUZZTIME ?= 30s
 comma := ,
 
-.PHONY: all build demo test deps generate check-generate lint unit fuzz bench bench-tracking bench-tracking-vm bench-incremental bench-repository bench-scale truth campaign vmtest vmtest-files test-files matrix crash model clean help
+.PHONY: all build demo test deps generate check-generate lint unit fuzz bench bench-tracking bench-tracking-vm bench-incremental bench-repository bench-scale bench-boot bench-mount truth campaign vmtest vmtest-files vmtest-nbd test-files matrix crash flood model clean help
 
 all: build
 
@@ -50,9 +50,10 @@ unit:
 fuzz: ## every fuzz target for FUZZTIME
 	test/fuzz.sh $(FUZZTIME)
 
-bench: ## side by side with peers; prints, judges nothing
+bench: build ## the NBD server beside qemu-nbd and nbdkit (BENCHFLAGS=)
 	test/deps.sh run
-	$(GO) run ./test/bench/nbdbench
+	$(GO) build -o bin/nbdbench ./test/bench/nbdbench
+	bin/nbdbench -tidemark bin/tidemark $(BENCHFLAGS)
 
 # What else each can be told is in docs/benchmarks.md: BENCHFLAGS='-busy -json'.
 bench-tracking: ## what tracking costs the writer, on this host (BENCHFLAGS=)
@@ -78,15 +79,26 @@ bench-incremental: build ## an incremental beside restic, borg and a full compar
 	$(GO) build -o bin/incrbench ./test/bench/incrbench
 	bin/incrbench -tidemark bin/tidemark $(if $(BENCHDIR),-dir $(BENCHDIR)) $(BENCHFLAGS)
 
-bench-scale: build ## 1,000 points of a disk of 16 TiB: requests, metadata, memory (BENCHFLAGS=)
+bench-scale: ## 1,000 points of a disk of 16 TiB: requests, metadata, memory, garbage collection (BENCHFLAGS=; -s3 with bin/versitygw)
 	mkdir -p bin
 	$(GO) build -o bin/scalebench ./test/bench/scalebench
-	bin/scalebench -tidemark bin/tidemark $(BENCHFLAGS)
+	bin/scalebench $(BENCHFLAGS)
 
 bench-repository: build ## a full backup, its repository, restore and random reads beside restic, borg and cp (BENCHDIR=, BENCHFLAGS=)
 	test/deps.sh run bench
 	$(GO) build -o bin/repobench ./test/bench/repobench
 	bin/repobench -tidemark bin/tidemark $(if $(BENCHDIR),-dir $(BENCHDIR)) $(BENCHFLAGS)
+
+bench-boot: ## booting a point over NBD beside booting the restored file (BENCHFLAGS=)
+	test/deps.sh run
+	mkdir -p bin
+	$(GO) build -o bin/bootbench ./test/bench/bootbench
+	bin/bootbench $(BENCHFLAGS)
+
+bench-mount: build ## reads from a mounted point beside a plain file, nbdfuse and qemu-storage-daemon (BENCHDIR=, BENCHFLAGS=)
+	test/deps.sh run
+	$(GO) build -o bin/mountbench ./test/bench/mountbench
+	bin/mountbench -tidemark bin/tidemark $(if $(BENCHDIR),-dir $(BENCHDIR)) $(BENCHFLAGS)
 
 truth: ## the truth test for longer: EPOCHS swaps (default 5000)
 	TIDEMARK_TRUTH_EPOCHS=$${EPOCHS:-5000} $(GO) test -count 1 -timeout 2h -v -run 'TestTruth$$' ./cbt
@@ -119,8 +131,22 @@ vmtest-files: ## image files on ext4, xfs and btrfs under a Debian kernel in QEM
 	  $(foreach t,fio losetup sfdisk partx blkdiscard dmsetup mkfs.ext4 mkfs.xfs mkfs.btrfs xfs_io chattr,-tool $$(PATH=$$PATH:/usr/sbin:/sbin command -v $t)) \
 	  bin/cbt.test -test.v -test.run '^TestFile' -test.timeout 60m -- bin/agent.test -test.v -test.run 'Image' -test.timeout 15m
 
-crash: ## kill -9 at every moment of a backup, resumed and not, in a folder and on S3, plain and encrypted: 15 minutes
-	TIDEMARK_TEST_EVERY_MOMENT=1 $(GO) test -count 1 -timeout 1h -v -run 'Killed|AfterKill|EncryptedRepositories' ./store
+vmtest-nbd: ## attach: the kernel's NBD client under a Debian kernel in QEMU: 5 minutes emulated (KERNEL=package SUITE=suite)
+	test/deps.sh build run
+	mkdir -p bin
+	CGO_ENABLED=0 $(GO) test -c -o bin/kernel.test ./nbd/kernel
+	CGO_ENABLED=0 $(GO) test -c -o bin/tidemark.test ./cmd/tidemark
+	$(GO) run ./test/vm/cmd/vmtest -kernel $(or $(KERNEL),linux-image-cloud-amd64) $(if $(SUITE),-suite $(SUITE)) -timeout 25m -memory 2048 -modules virtio_pci,virtio_blk,virtio_rng,loop,nbd \
+	  $(foreach t,nbd-client fio mkfs.ext4 e2fsck losetup mount,-tool $$(PATH=$$PATH:/usr/sbin:/sbin command -v $t)) \
+	  bin/kernel.test -test.v -test.timeout 10m -- bin/tidemark.test -test.v -test.run 'Attach' -test.timeout 12m
+
+# Each operation of store/killed_test.go; TIDEMARK_TEST_ENCRYPTED makes all repositories of the tests encrypted. OPERATIONS=regexp picks some.
+crash: ## kill -9 and power failures at every moment of every operation that changes a repository, in a folder and on S3, plain and encrypted: 1 hour (OPERATIONS=)
+	TIDEMARK_TEST_EVERY_MOMENT=1 $(GO) test -count 1 -timeout 3h -v -run 'Killed/$(OPERATIONS)' ./store
+	TIDEMARK_TEST_EVERY_MOMENT=1 TIDEMARK_TEST_ENCRYPTED=1 $(GO) test -count 1 -timeout 3h -v -run 'Killed/$(OPERATIONS)' ./store
+
+flood: ## 1,000 NBD clients that stall at every moment, and vanish or stay (CLIENTS=n)
+	TIDEMARK_TEST_CLIENTS=$(or $(CLIENTS),1000) $(GO) test -count 1 -timeout 20m -v -run 'TestThousand|TestFlood' ./nbd
 
 model: ## Spin: epochs and garbage collection keep their properties, broken variants do not
 	test/deps.sh model

@@ -71,17 +71,20 @@ func openDevice(path string) (*device, error) {
 	return &device{path: path, size: size, file: st.Mode().IsRegular(), f: f}, nil
 }
 
-// same checks that what is read is what is tracked: a path may lead to another
-// device each time it is followed.
-func (d *device) same(tracked cbt.Evidence) error {
-	if tracked.Size != d.size {
-		return fmt.Errorf("it was opened with %d bytes and is tracked with %d", d.size, tracked.Size)
+// same checks that what is read is what is tracked.
+func (d *device) same(tracked cbt.Evidence) error { return SameDisk(d.f, d.size, tracked) }
+
+// SameDisk checks that an open device or image file of size bytes is what is tracked: a path may
+// lead to another device each time it is followed.
+func SameDisk(f *os.File, size int64, tracked cbt.Evidence) error {
+	if tracked.Size != size {
+		return fmt.Errorf("it was opened with %d bytes and is tracked with %d", size, tracked.Size)
 	}
 	if tracked.Device == "" {
 		return nil
 	}
 	if tracked.Method == cbt.MethodFile {
-		h, _, err := unix.NameToHandleAt(int(d.f.Fd()), "", unix.AT_EMPTY_PATH)
+		h, _, err := unix.NameToHandleAt(int(f.Fd()), "", unix.AT_EMPTY_PATH)
 		if err != nil {
 			return fmt.Errorf("which file it is: %w", err)
 		}
@@ -91,14 +94,14 @@ func (d *device) same(tracked cbt.Evidence) error {
 		return nil
 	}
 	var st unix.Stat_t
-	if err := unix.Fstat(int(d.f.Fd()), &st); err != nil {
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
 		return err
 	}
 	if opened := fmt.Sprintf("%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev)); opened != tracked.Device {
 		return fmt.Errorf("device %s was opened, %s is tracked", opened, tracked.Device)
 	}
 	var seq uint64
-	_, _, errno := unix.Syscall(unix.SYS_IOCTL, d.f.Fd(), unix.BLKGETDISKSEQ, uintptr(unsafe.Pointer(&seq)))
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.BLKGETDISKSEQ, uintptr(unsafe.Pointer(&seq)))
 	if errno == 0 && seq != tracked.DiskSeq {
 		return fmt.Errorf("diskseq %d was opened, %d is tracked", seq, tracked.DiskSeq)
 	}

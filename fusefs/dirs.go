@@ -184,12 +184,20 @@ type pointDir struct {
 
 	mu      sync.Mutex
 	details *restore.PointDetails // read when first needed
+
+	changed struct {
+		sync.Mutex
+		since restore.PointInfo // the point before, when text was made; none: its zero
+		text  []byte
+	}
 }
 
 const (
 	documentFile = "point.json"
 	configFile   = "vm.json"
+	changesName  = "changes-since-previous.json"
 	diskSuffix   = ".raw"
+	partsSuffix  = ".parts"
 )
 
 func (d *pointDir) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
@@ -211,15 +219,6 @@ func (d *pointDir) load() (*restore.PointDetails, syscall.Errno) {
 	return d.details, 0
 }
 
-// diskNames returns the names of a point's disks as files.
-func diskNames(p *restore.PointDetails) []string {
-	var names []string
-	for _, d := range p.Disks {
-		names = append(names, d.Name+diskSuffix)
-	}
-	return names
-}
-
 // fits tells whether a name can be one of a directory's entries: the repository may be
 // someone else's.
 func fits(name string) bool {
@@ -239,17 +238,24 @@ func (d *pointDir) Lookup(ctx context.Context, name string, out *fuse.EntryOut) 
 		return d.text(ctx, p.Document, &out.Attr, what)
 	case name == configFile && len(p.Config) > 0:
 		return d.text(ctx, p.Config, &out.Attr, what)
+	case name == changesName:
+		return d.changes(ctx, p, out)
 	}
 	if child := d.filesOf(ctx, p, name, out); child != nil {
 		return child, 0
 	}
-	i := slices.Index(diskNames(p), name)
-	if i < 0 {
-		return nil, syscall.ENOENT
+	for i, disk := range p.Disks {
+		switch name {
+		case disk.Name + diskSuffix:
+			f := &diskFile{node: node{tree: d.tree}, point: p, index: i}
+			f.attr(&out.Attr)
+			return d.child(ctx, f, syscall.S_IFREG, what...), 0
+		case disk.Name + partsSuffix:
+			dirAttr(&out.Attr, d.point.Time)
+			return d.child(ctx, &partsDir{node: node{tree: d.tree}, point: p, index: i}, syscall.S_IFDIR, what...), 0
+		}
 	}
-	f := &diskFile{node: node{tree: d.tree}, point: p, index: i}
-	f.attr(&out.Attr)
-	return d.child(ctx, f, syscall.S_IFREG, what...), 0
+	return nil, syscall.ENOENT
 }
 
 func (d *pointDir) text(ctx context.Context, content []byte, a *fuse.Attr, what []string) (*fs.Inode, syscall.Errno) {
@@ -263,20 +269,23 @@ func (d *pointDir) Readdir(context.Context) (fs.DirStream, syscall.Errno) {
 	if errno != 0 {
 		return nil, errno
 	}
-	names := append(diskNames(p), documentFile)
-	if len(p.Config) > 0 {
-		names = append(names, configFile)
-	}
 	var entries []fuse.DirEntry
-	for _, n := range names {
-		if fits(n) {
-			entries = append(entries, fuse.DirEntry{Name: n, Mode: syscall.S_IFREG, Ino: ino("file", p.VM, p.ID, n)})
+	add := func(name string, mode uint32) {
+		if fits(name) {
+			entries = append(entries, fuse.DirEntry{Name: name, Mode: mode, Ino: ino("file", p.VM, p.ID, name)})
 		}
 	}
 	for _, disk := range p.Disks {
-		if n := disk.Name + filesSuffix; d.tree.files != nil && fits(n) {
-			entries = append(entries, fuse.DirEntry{Name: n, Mode: syscall.S_IFDIR, Ino: ino("files", p.VM, p.ID, n)})
+		add(disk.Name+diskSuffix, syscall.S_IFREG)
+		add(disk.Name+partsSuffix, syscall.S_IFDIR)
+		if d.tree.files != nil {
+			add(disk.Name+filesSuffix, syscall.S_IFDIR)
 		}
+	}
+	add(changesName, syscall.S_IFREG)
+	add(documentFile, syscall.S_IFREG)
+	if len(p.Config) > 0 {
+		add(configFile, syscall.S_IFREG)
 	}
 	return fs.NewListDirStream(entries), 0
 }

@@ -12,14 +12,16 @@ import (
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
 
+	"github.com/tidemark/tidemark/guestfs"
 	"github.com/tidemark/tidemark/restore"
 )
 
-// diskFile is a disk of a point.
+// diskFile is a disk of a point, or a partition of one.
 type diskFile struct {
 	node
 	point *restore.PointDetails
 	index int
+	part  *guestfs.Partition // nil: the whole disk
 
 	mu      sync.Mutex
 	disk    *openDisk // nil if nobody has the file open
@@ -44,8 +46,15 @@ var (
 
 func (f *diskFile) info() restore.DiskInfo { return f.point.Disks[f.index] }
 
+func (f *diskFile) size() int64 {
+	if f.part != nil {
+		return f.part.Len
+	}
+	return f.info().Size
+}
+
 func (f *diskFile) attr(a *fuse.Attr) {
-	fileAttr(a, f.info().Size, f.point.Time)
+	fileAttr(a, f.size(), f.point.Time)
 	a.Blksize = uint32(max(f.info().Grain, 128<<10))
 	a.Blocks = f.dataBlocks(a.Blocks)
 }
@@ -94,6 +103,11 @@ func (f *diskFile) hold() (*openDisk, error) {
 		d, closer, err := f.tree.catalog.Open(f.tree.ctx, f.point, f.index)
 		if err != nil {
 			return nil, err
+		}
+		if f.part != nil {
+			if d, err = restore.Section(d, f.part.Off, f.part.Len); err != nil {
+				return nil, errors.Join(err, closer.Close())
+			}
 		}
 		open := &openDisk{Disk: d, closer: closer}
 		if err := f.tree.opened(open); err != nil {

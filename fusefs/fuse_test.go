@@ -174,10 +174,10 @@ func TestDocuments(t *testing.T) {
 	with := disktest.Publish(t, repo, disktest.Spec{VM: "vm", Time: evening, Disks: [][]byte{make([]byte, 4096)}, Config: []byte(`{"cpus":4}`)})
 	publish(t, repo, "vm", evening.Add(time.Hour), make([]byte, 4096))
 	dir := mount(t, repo, fusefs.Options{})
-	if got := names(t, dir+"/vm/"+eveningName); !slices.Equal(got, []string{"disk0.raw", "point.json", "vm.json"}) {
+	if got := names(t, dir+"/vm/"+eveningName); !slices.Equal(got, []string{"changes-since-previous.json", "disk0.parts", "disk0.raw", "point.json", "vm.json"}) {
 		t.Errorf("a point with a configuration holds %v", got)
 	}
-	if got := names(t, dir+"/vm/"+hourLater); !slices.Equal(got, []string{"disk0.raw", "point.json"}) {
+	if got := names(t, dir+"/vm/"+hourLater); !slices.Equal(got, []string{"changes-since-previous.json", "disk0.parts", "disk0.raw", "point.json"}) {
 		t.Errorf("a point without one holds %v", got)
 	}
 	if got, err := os.ReadFile(dir + "/vm/" + eveningName + "/vm.json"); err != nil || string(got) != `{"cpus":4}` {

@@ -2,16 +2,29 @@ package fusefs
 
 import (
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/tidemark/tidemark/restore"
 )
 
-// listing is the points of a VM with their names, ascending.
+// listing is the points of a VM with their names, ascending by time. It does not change.
 type listing struct {
-	at     time.Time // when it was read
 	points []namedPoint
-	latest string // ID of the newest point that is not known to be damaged; empty: there is none
+	byName map[string]int // index in points
+	latest int            // index of the newest that is not known to be damaged; -1: there is none
+}
+
+// newListing makes a listing of points, of which whole are not known to be damaged.
+func newListing(points, whole []restore.PointInfo) listing {
+	l := listing{points: namePoints(points), byName: make(map[string]int, len(points)), latest: -1}
+	for i, p := range l.points {
+		l.byName[p.name] = i
+	}
+	if n := len(whole); n > 0 {
+		l.latest = slices.Index(points, whole[n-1])
+	}
+	return l
 }
 
 type namedPoint struct {
@@ -52,8 +65,8 @@ func namePoints(points []restore.PointInfo) []namedPoint {
 
 // find returns the point of a name.
 func (l listing) find(name string) (namedPoint, bool) {
-	i := slices.IndexFunc(l.points, func(p namedPoint) bool { return p.name == name })
-	if i < 0 {
+	i, ok := l.byName[name]
+	if !ok {
 		return namedPoint{}, false
 	}
 	return l.points[i], true
@@ -61,59 +74,89 @@ func (l listing) find(name string) (namedPoint, bool) {
 
 // newest returns the point that "latest" leads to.
 func (l listing) newest() (namedPoint, bool) {
-	i := slices.IndexFunc(l.points, func(p namedPoint) bool { return p.ID == l.latest })
-	if i < 0 {
+	if l.latest < 0 {
 		return namedPoint{}, false
 	}
-	return l.points[i], true
+	return l.points[l.latest], true
+}
+
+// before returns the point of the same VM before p, damaged or not.
+func (l listing) before(p restore.PointInfo) (namedPoint, bool) {
+	i := slices.IndexFunc(l.points, func(q namedPoint) bool { return q.PointInfo == p })
+	if i < 1 {
+		return namedPoint{}, false
+	}
+	return l.points[i-1], true
+}
+
+// polled is what is read again when somebody asks for it and it has become old. An error is kept as
+// long: a repository that does not answer is not asked by every process that looks.
+type polled[T any] struct {
+	mu    sync.Mutex // while it is read too: who comes meanwhile takes the same answer
+	value T
+	err   error
+	until time.Time
+}
+
+// pollShare bounds what part of the time is spent on reading again what takes long to read.
+const pollShare = 10
+
+func (p *polled[T]) get(refresh time.Duration, read func(old T) (T, error)) (T, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	began := time.Now()
+	if began.Before(p.until) {
+		return p.value, p.err
+	}
+	value, err := read(p.value)
+	if p.err = err; err == nil {
+		p.value = value
+	}
+	p.until = began.Add(max(refresh, pollShare*time.Since(began)))
+	return p.value, p.err
 }
 
 // vmNames lists the VMs, as they were at most t.refresh ago.
 func (t *tree) vmNames() ([]string, error) {
-	t.mu.Lock()
-	vms, at := t.vms, t.vmsAt
-	t.mu.Unlock()
-	if time.Since(at) < t.refresh {
+	return t.vms.get(t.refresh, func(old []string) ([]string, error) {
+		vms, err := t.catalog.VMs(t.ctx)
+		if err != nil {
+			return nil, err
+		}
+		for _, vm := range old {
+			if !slices.Contains(vms, vm) {
+				t.gone.tell([]string{vm})
+			}
+		}
 		return vms, nil
-	}
-	at = time.Now()
-	vms, err := t.catalog.VMs(t.ctx)
-	if err != nil {
-		return nil, err
-	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.vms, t.vmsAt = vms, at
-	return vms, nil
+	})
 }
 
-// list returns the points of a VM, as they were at most t.refresh ago.
+// list returns the points of a VM, as they were at most t.refresh ago, or longer if it takes long to
+// list them.
 func (t *tree) list(vm string) (listing, error) {
 	t.mu.Lock()
-	l, ok := t.listings[vm]
+	p := t.listings[vm]
+	if p == nil {
+		p = &polled[listing]{}
+		t.listings[vm] = p
+	}
 	t.mu.Unlock()
-	if ok && time.Since(l.at) < t.refresh {
+	return p.get(t.refresh, func(old listing) (listing, error) {
+		points, err := t.catalog.Points(t.ctx, vm)
+		if err != nil {
+			return listing{}, err
+		}
+		whole, err := t.catalog.Whole(t.ctx, vm, points)
+		if err != nil {
+			return listing{}, err
+		}
+		l := newListing(points, whole)
+		for _, p := range old.points {
+			if now, ok := l.find(p.name); !ok || now.ID != p.ID {
+				t.gone.tell([]string{vm, p.name})
+			}
+		}
 		return l, nil
-	}
-	at := time.Now()
-	points, err := t.catalog.Points(t.ctx, vm)
-	if err != nil {
-		return listing{}, err
-	}
-	whole, err := t.catalog.Whole(t.ctx, vm, points)
-	if err != nil {
-		return listing{}, err
-	}
-	l = listing{at: at, points: namePoints(points)}
-	if n := len(whole); n > 0 {
-		l.latest = whole[n-1].ID
-	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if len(points) == 0 {
-		delete(t.listings, vm) // any name may be asked for
-	} else {
-		t.listings[vm] = l
-	}
-	return l, nil
+	})
 }

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -23,8 +24,10 @@ import (
 
 // The errors of [Mount] and [Server.Unmount] that a caller may want to tell apart.
 var (
-	ErrNoFUSE = errors.New("no FUSE: /dev/fuse cannot be opened")
-	ErrBusy   = errors.New("mount is in use")
+	ErrNoFUSE     = errors.New("no FUSE: /dev/fuse cannot be opened")
+	ErrNoHelper   = errors.New("a plain user needs fusermount3 to mount: install the package fuse3")
+	ErrAllowOther = errors.New("a plain user may let others read only if a line of /etc/fuse.conf says user_allow_other")
+	ErrBusy       = errors.New("mount is in use")
 )
 
 // Options say how to mount. The zero value will do.
@@ -35,8 +38,9 @@ type Options struct {
 	AllowOther bool
 
 	// Refresh is how long a listing of VMs or points may be used before the repository
-	// is asked again; 0 means one second. It takes up to twice as long until a
-	// new point is seen or a deleted one is gone.
+	// is asked again, which it is only when somebody looks; 0 means one second. A listing that takes
+	// longer than a tenth of it to read is used ten times as long as that. It takes up to
+	// twice as long until a new point is seen or a deleted one is gone.
 	Refresh time.Duration
 
 	// Files, if set, gives the guest's own files in a disk of a point, which are shown below
@@ -66,8 +70,8 @@ type Server struct {
 
 // Mount shows the catalog at the directory dir. Root mounts by itself, a plain user with the help
 // of fusermount3. When ctx is done, the tree is unmounted, even if it is in
-// use; until then the catalog must stay open. Errors: [ErrNoFUSE], or those of
-// the mount.
+// use; until then the catalog must stay open. Errors: [ErrNoFUSE], [ErrNoHelper], [ErrAllowOther], or
+// those of the mount.
 func Mount(ctx context.Context, dir string, catalog *restore.Catalog, o Options) (*Server, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -85,8 +89,13 @@ func Mount(ctx context.Context, dir string, catalog *restore.Catalog, o Options)
 	if err := unix.Access("/dev/fuse", unix.R_OK|unix.W_OK); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrNoFUSE, err)
 	}
+	if os.Geteuid() != 0 {
+		if err := checkHelper(o.AllowOther, fuseConf); err != nil {
+			return nil, err
+		}
+	}
 	t := newTree(context.WithoutCancel(ctx), catalog, o)
-	server, err := fs.Mount(dir, &rootDir{node: node{tree: t}}, mountOptions(catalog, o))
+	server, err := fs.Mount(dir, t.root, mountOptions(catalog, o))
 	if err != nil {
 		t.close()
 		return nil, fmt.Errorf("mount %s: %w", dir, err)
@@ -99,6 +108,31 @@ func Mount(ctx context.Context, dir string, catalog *restore.Catalog, o Options)
 	}()
 	go s.watch(ctx)
 	return s, nil
+}
+
+// fuseConf is what fusermount3 reads.
+const fuseConf = "/etc/fuse.conf"
+
+// checkHelper says what fusermount3 would refuse, or that there is none.
+func checkHelper(allowOther bool, conf string) error {
+	if _, err := exec.LookPath("fusermount3"); err != nil {
+		if _, err := os.Stat("/bin/fusermount3"); err != nil { // where go-fuse looks too
+			return ErrNoHelper
+		}
+	}
+	if !allowOther {
+		return nil
+	}
+	text, err := os.ReadFile(conf)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("%w: %w", ErrAllowOther, err)
+	}
+	for line := range strings.Lines(string(text)) {
+		if strings.TrimSpace(line) == "user_allow_other" {
+			return nil
+		}
+	}
+	return ErrAllowOther
 }
 
 func mountOptions(catalog *restore.Catalog, o Options) *fs.Options {

@@ -36,10 +36,12 @@ type tree struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 
+	root *rootDir
+	vms  polled[[]string]
+	gone *vanished
+
 	mu       sync.Mutex
-	vms      []string
-	vmsAt    time.Time          // when vms was read
-	listings map[string]listing // by VM
+	listings map[string]*polled[listing] // by VM
 	open     map[*openDisk]bool
 	closed   bool
 }
@@ -54,7 +56,7 @@ func newTree(ctx context.Context, catalog *restore.Catalog, o Options) *tree {
 		failed:   o.Failed,
 		files:    o.Files,
 		began:    time.Now(),
-		listings: map[string]listing{},
+		listings: map[string]*polled[listing]{},
 		open:     map[*openDisk]bool{},
 	}
 	t.seen, _ = lru.New[guestPath, guestfs.Attr](seenEntries) // fails for no positive size
@@ -65,12 +67,15 @@ func newTree(ctx context.Context, catalog *restore.Catalog, o Options) *tree {
 		t.failed = func(string, error) {}
 	}
 	t.ctx, t.cancel = context.WithCancel(ctx)
+	t.root = &rootDir{node: node{tree: t}}
+	t.gone = watchVanished(t.ctx, t.root)
 	return t
 }
 
 // close ends all reads and closes disks that the kernel did not tell us to release.
 func (t *tree) close() {
 	t.cancel()
+	t.gone.wait()
 	t.mu.Lock()
 	t.closed = true
 	var left []*openDisk

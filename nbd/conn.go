@@ -32,60 +32,102 @@ var errStopped = errors.New("server stopped")
 // it reads the requests and executes those that are quick. Workers, which it
 // starts and waits for, execute the others.
 type conn struct {
-	srv *Server
-	nc  net.Conn
-	in  input
-	out *output
+	srv    *Server
+	nc     net.Conn
+	bye    func() error // closes nc, with TLS's last words
+	client Client
+	share  *share
+	began  time.Time
+	in     input
+	out    *output
+
+	unix *unixConn // nc while it transmits, if it is that
 
 	stopping atomic.Bool
+	decided  atomic.Bool           // an export was chosen
+	cause    atomic.Pointer[error] // why the server has cut it off
 
 	// What the handshake agreed on; constant afterwards.
 	export     Export
-	structured bool // structured replies
-	status     bool // the context base:allocation
+	headers    headers
+	contexts   []*statusContext // selected, by ID from 1 on
 	size       int64
 	flags      uint16 // transmission flags
 	disk       restore.Disk
 	writable   restore.WritableDisk    // nil: read-only
 	cancelable restore.ReaderAtContext // nil: reads cannot be cancelled
 	filer      restore.Filer           // nil: no sendfile
+	landing    restore.WriteFiler      // nil: writes go through WriteAt
 
-	batch    []byte // replies of the connection's goroutine, not sent yet
+	splicer  *splicer // nil: none yet
+	batch    []byte   // replies of the connection's goroutine, not sent yet
 	workers  sync.WaitGroup
+	busy     atomic.Int64        // running workers
 	slots    chan struct{}       // one per running worker
 	budget   *semaphore.Weighted // bytes of buffers that workers hold
 	inFlight int64               // size of budget
-	readCost atomic.Int64        // moving mean of small reads not backed by a file, ns
+	readCost atomic.Int64        // moving mean of small reads, ns
 }
 
 func newConn(s *Server, nc net.Conn) *conn {
-	c := &conn{srv: s, nc: nc, out: newOutput(nc, or(s.WriteTimeout, DefaultWriteTimeout))}
+	client := clientOf(nc)
+	if _, ok := nc.(*net.UnixConn); ok {
+		nc = &unixConn{Conn: nc, busiest: &s.busiest}
+	}
+	c := &conn{srv: s, nc: nc, client: client, began: time.Now(), out: newOutput(nc, or(s.WriteTimeout, DefaultWriteTimeout))}
+	c.bye = nc.Close
+	c.slots = make(chan struct{}, or(s.Workers, DefaultWorkers))
 	c.in = input{from: nc, buf: make([]byte, handshakeBuffer), before: c.flush}
 	return c
 }
 
-// stop makes the connection end after what it is doing.
-func (c *conn) stop() {
-	c.stopping.Store(true)
-	_ = c.nc.SetReadDeadline(time.Unix(1, 0)) // only fails if it is closed already
+// shutdownGrace is for how long clients are told that the server stops before they
+// are hung up on.
+const shutdownGrace = 200 * time.Millisecond
+
+// stop makes the connection refuse what still comes.
+func (c *conn) stop() { c.stopping.Store(true) }
+
+// stopReading ends the connection after what it is doing, unless workers are busy: then
+// it goes on to refuse what comes, and is asked again.
+func (c *conn) stopReading() {
+	if c.busy.Load() == 0 {
+		_ = c.nc.SetReadDeadline(time.Unix(1, 0)) // only fails if it is closed already
+	}
 }
 
 // abort cuts the connection off.
 func (c *conn) abort() { _ = c.nc.Close() }
 
+// cutOff aborts it for a reason.
+func (c *conn) cutOff(why error) {
+	c.cause.CompareAndSwap(nil, &why)
+	c.abort()
+}
+
 // serve runs the connection to its end. The error says what was wrong, nil
 // after an orderly end. It closes the connection and waits for its workers.
 func (c *conn) serve(ctx context.Context) error {
-	defer func() { _ = c.nc.Close() }() // errors of the stream were seen before
+	err := c.run(ctx)
+	if cause := c.cause.Load(); cause != nil {
+		return *cause
+	}
+	return err
+}
+
+func (c *conn) run(ctx context.Context) error {
+	defer func() { _ = c.bye() }() // errors of the stream were seen before
 	if err := c.nc.SetReadDeadline(time.Now().Add(or(c.srv.HandshakeTimeout, DefaultHandshakeTimeout))); err != nil {
 		return err
 	}
-	if c.stopping.Load() { // the deadline above may have undone stop's
-		return errStopped
-	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	defer func() { c.export.release() }()
+	defer func() {
+		for _, s := range c.contexts {
+			s.release()
+		}
+		c.export.release()
+	}()
 	chosen, err := c.handshake(ctx)
 	if err != nil {
 		if errors.Is(err, io.EOF) { // port scanners, and clients that only list
@@ -99,10 +141,20 @@ func (c *conn) serve(ctx context.Context) error {
 	if err := c.nc.SetReadDeadline(time.Time{}); err != nil {
 		return err
 	}
-	if c.stopping.Load() {
-		c.stop() // the deadline above may have undone its
+	c.out.ended = cancel                    // what is read for nobody, or waits to be, need not be
+	if u, ok := c.in.from.(*unixConn); ok { // and not TLS over it
+		if err := u.block(c.out.timeout); err != nil {
+			return err
+		}
+		c.unix = u
+		defer c.dropSplicer()
 	}
 	err = c.transmit(ctx)
+	if errors.Is(err, context.Canceled) {
+		if failure := c.out.failure(); failure != nil {
+			err = failure
+		}
+	}
 	if !errors.Is(err, errStopped) && err != nil {
 		cancel() // nobody waits for the reads any more
 	}
@@ -121,6 +173,14 @@ func (c *conn) flush() error {
 	err := c.out.send(c.batch)
 	c.batch = c.batch[:0]
 	return err
+}
+
+// rest prepares for waiting: it sends the replies gathered so far.
+func (c *conn) rest() error {
+	if c.unix != nil {
+		c.unix.working = len(c.slots) > 0
+	}
+	return c.flush()
 }
 
 // reserve makes room for n bytes of replies, n at most batchSize.
@@ -153,8 +213,27 @@ func (c *conn) spill(ctx context.Context, n int64, work func(ctx context.Context
 			return err
 		}
 	}
+	// The first one of a connection may hold a piece that the server's limits do
+	// not count, so that nobody is kept waiting by what others hold.
+	counted := len(c.slots) > 1 || n > ownPiece
+	if counted && !c.srv.shares.tryAcquire(c.share, n) {
+		err := c.flush()
+		if err == nil {
+			err = c.srv.shares.acquire(ctx, c.share, n)
+		}
+		if err != nil {
+			c.budget.Release(n)
+			<-c.slots
+			return err
+		}
+	}
+	c.busy.Add(1)
 	c.workers.Go(func() {
 		defer func() {
+			c.busy.Add(-1)
+			if counted {
+				c.srv.shares.release(c.share, n)
+			}
 			c.budget.Release(n)
 			<-c.slots
 		}()

@@ -124,6 +124,7 @@ type fileDisk struct {
 var (
 	_ restore.WritableDisk = (*fileDisk)(nil)
 	_ restore.Filer        = (*fileDisk)(nil)
+	_ restore.WriteFiler   = (*fileDisk)(nil)
 	_ FastZeroer           = (*fileDisk)(nil)
 )
 
@@ -146,7 +147,10 @@ func (d *fileDisk) WriteAt(p []byte, off int64) (int, error) { return d.f.WriteA
 func (d *fileDisk) Trim(off, n int64) error                  { return d.Zero(off, n) }
 func (d *fileDisk) Sync() error                              { return d.f.Sync() }
 func (d *fileDisk) File(_, _ int64) (uintptr, bool)          { return d.f.Fd(), true }
-func (d *fileDisk) ZeroIsFast(_, _ int64) bool               { return true }
+func (d *fileDisk) WriteFile(off, _ int64) (uintptr, int64, bool) {
+	return d.f.Fd(), off, true
+}
+func (d *fileDisk) ZeroIsFast(_, _ int64) bool { return true }
 
 func (d *fileDisk) Zero(off, n int64) error {
 	return unix.Fallocate(int(d.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)

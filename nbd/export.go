@@ -14,7 +14,8 @@ import (
 // "Conventions".
 const maxString = 4096
 
-// ErrUnknownExport is wrapped by the errors of look-ups that found no export.
+// ErrUnknownExport is wrapped when there is no export of a name, or none that the
+// client may know of.
 var ErrUnknownExport = errors.New("unknown export")
 
 // ErrExportName is wrapped when a name or description is not allowed on the
@@ -32,7 +33,16 @@ type Export struct {
 	Disk     restore.Disk
 	ReadOnly bool
 
-	// Release, unless nil, is called once for every successful Lookup, after
+	// Moving tells that the name may lead to another disk when it is opened
+	// again, as "latest" does. Clients are told to use one connection then.
+	Moving bool
+
+	// History, unless nil, leads to older states of Disk. What differs from
+	// one of them is the metadata context qemu:dirty-bitmap:NAME, if Disk is a
+	// [restore.Differ].
+	History History
+
+	// Release, unless nil, is called once for every successful Open, after
 	// the last use of Disk.
 	Release func()
 }
@@ -58,17 +68,33 @@ type Listing struct {
 	Description string
 }
 
-// Exports finds exports. It is used by many connections at once, before
-// clients have shown who they are.
+// Exports finds exports. It is used by many connections at once. What it knows
+// of the client is what has been proven by then: before TLS less than after.
 type Exports interface {
-	// Lookup finds the export of exactly this name. Its error wraps
-	// [ErrUnknownExport] if there is none. All exports given out for one
-	// name at one time must share their writes and Sync: the server tells
-	// clients that they may use several connections.
-	Lookup(ctx context.Context, name string) (Export, error)
+	// Open finds the export of exactly this name. Its error wraps
+	// [ErrUnknownExport] if there is none, and just so if this client must not
+	// know that there is one. All exports given out for one name at one time
+	// must share their writes and Sync: the server tells clients that they
+	// may use several connections.
+	Open(ctx context.Context, client Client, name string) (Export, error)
 
-	// List names all exports that a client may know of.
-	List(ctx context.Context) ([]Listing, error)
+	// List names all exports that this client may know of.
+	List(ctx context.Context, client Client) ([]Listing, error)
+}
+
+// ErrUnknownPast is wrapped when a [History] has no state of a name.
+var ErrUnknownPast = errors.New("unknown state of the disk")
+
+// History finds older states of a disk by name, UTF-8 without NUL. Many connections
+// may use one at the same time, until the export is released.
+type History interface {
+	// List names those that clients are shown, a thousand or so at most.
+	List(ctx context.Context) ([]string, error)
+
+	// Open opens the one of this name, listed or not; the error wraps
+	// [ErrUnknownPast] if there is none. release is called once, after the last
+	// use of the disk.
+	Open(ctx context.Context, name string) (d restore.Disk, release func(), err error)
 }
 
 // FastZeroer is implemented by writable disks that know when Zero is faster
@@ -80,7 +106,7 @@ type FastZeroer interface {
 	ZeroIsFast(off, n int64) bool
 }
 
-// Static is a fixed set of exports.
+// Static is a fixed set of exports, open to every client.
 type Static struct {
 	byName map[string]Export
 	names  []string // in the order given
@@ -109,8 +135,8 @@ func NewStatic(exports ...Export) (*Static, error) {
 	return s, nil
 }
 
-// Lookup implements [Exports].
-func (s *Static) Lookup(_ context.Context, name string) (Export, error) {
+// Open implements [Exports].
+func (s *Static) Open(_ context.Context, _ Client, name string) (Export, error) {
 	e, ok := s.byName[name]
 	if !ok {
 		return Export{}, fmt.Errorf("%w %q", ErrUnknownExport, name)
@@ -119,7 +145,7 @@ func (s *Static) Lookup(_ context.Context, name string) (Export, error) {
 }
 
 // List implements [Exports].
-func (s *Static) List(context.Context) ([]Listing, error) {
+func (s *Static) List(context.Context, Client) ([]Listing, error) {
 	list := make([]Listing, 0, len(s.names))
 	for _, name := range s.names {
 		list = append(list, Listing{Name: name, Description: s.byName[name].Description})
@@ -127,21 +153,21 @@ func (s *Static) List(context.Context) ([]Listing, error) {
 	return list, nil
 }
 
-// lookup finds an export, and the only one there is under the name "" too:
-// section "Option types", the default export.
-func lookup(ctx context.Context, from Exports, name string) (Export, error) {
-	e, err := from.Lookup(ctx, name)
+// open finds an export, and the only one that the client can see under the name
+// "" too: section "Option types", the default export.
+func open(ctx context.Context, from Exports, client Client, name string) (Export, error) {
+	e, err := from.Open(ctx, client, name)
 	if err == nil || name != "" || !errors.Is(err, ErrUnknownExport) {
 		return e, err
 	}
-	list, listErr := from.List(ctx)
+	list, listErr := from.List(ctx, client)
 	if listErr != nil {
 		return Export{}, listErr
 	}
 	if len(list) != 1 {
 		return Export{}, err
 	}
-	return from.Lookup(ctx, list[0].Name)
+	return from.Open(ctx, client, list[0].Name)
 }
 
 func validString(s string) bool {

@@ -44,6 +44,7 @@ func (c *conn) handshake(ctx context.Context) (bool, error) {
 		return false, fmt.Errorf("%w: unknown client flags %#x", ErrProtocol, flags)
 	}
 	n := negotiation{conn: c, noZeroes: flags&clientNoZeroes != 0}
+	defer n.forgetContexts()
 	for {
 		p, err := c.in.peek(optionHeaderLength)
 		if err != nil {
@@ -83,14 +84,14 @@ const (
 type negotiation struct {
 	*conn
 	noZeroes bool
-	// metaFor is the export for which base:allocation was selected last, by
-	// its proper name; metaSet is false if it was not.
-	metaFor string
-	metaSet bool
+	selected selection // of metadata contexts
 }
 
 // option reads and answers one option. Section "Option types".
 func (n *negotiation) option(ctx context.Context, option, length uint32) (outcome, error) {
+	if n.needsTLS(option) && option == optExportName {
+		return haggling, ErrTLSRequired
+	}
 	if length > maxOption {
 		if length > maxOptionSkip || option == optExportName {
 			return haggling, fmt.Errorf("%w: option %d of %d bytes", ErrProtocol, option, length)
@@ -102,6 +103,8 @@ func (n *negotiation) option(ctx context.Context, option, length uint32) (outcom
 		case option == optAbort:
 			n.reply(option, repAck, nil)
 			return left, nil
+		case n.needsTLS(option):
+			n.refuseWithoutTLS(option)
 		case !knownOption(option):
 			n.reply(option, repErrUnsupported, nil)
 		default:
@@ -119,7 +122,18 @@ func (n *negotiation) option(ctx context.Context, option, length uint32) (outcom
 		data = append(data, p...)
 		n.in.skip(len(p))
 	}
+	if n.needsTLS(option) {
+		n.refuseWithoutTLS(option)
+		return haggling, nil
+	}
 
+	if n.stopping.Load() && option != optAbort {
+		if option == optExportName {
+			return haggling, errStopped
+		}
+		n.refuse(option, repErrShutdown, "server is shutting down")
+		return haggling, nil
+	}
 	switch option {
 	case optExportName:
 		return n.exportName(ctx, string(data))
@@ -135,17 +149,23 @@ func (n *negotiation) option(ctx context.Context, option, length uint32) (outcom
 			n.refuse(option, repErrInvalid, "option takes no data")
 			break
 		}
-		n.structured = true
+		if n.headers == extendedHeaders {
+			n.refuse(option, repErrExtHeader, "extended headers are agreed on already")
+			break
+		}
+		n.headers = structuredHeaders
 		n.reply(option, repAck, nil)
-	case optSetMetaContext, optListMetaContext:
-		n.metaContext(ctx, option, data)
-	case optStartTLS:
-		// Section "NOTLS mode": the option is not implemented at all.
+	case optExtendedHeaders:
 		if len(data) > 0 {
 			n.refuse(option, repErrInvalid, "option takes no data")
 			break
 		}
-		n.refuse(option, repErrUnsupported, "this server has no TLS")
+		n.headers = extendedHeaders
+		n.reply(option, repAck, nil)
+	case optSetMetaContext, optListMetaContext:
+		n.metaContext(ctx, option, data)
+	case optStartTLS:
+		return haggling, n.startTLS(ctx, data)
 	default:
 		n.reply(option, repErrUnsupported, nil)
 	}
@@ -155,7 +175,7 @@ func (n *negotiation) option(ctx context.Context, option, length uint32) (outcom
 func knownOption(option uint32) bool {
 	switch option {
 	case optExportName, optAbort, optList, optStartTLS, optInfo, optGo,
-		optStructuredReply, optListMetaContext, optSetMetaContext:
+		optStructuredReply, optListMetaContext, optSetMetaContext, optExtendedHeaders:
 		return true
 	}
 	return false
@@ -175,10 +195,14 @@ func (n *negotiation) refuse(option, kind uint32, message string) {
 	n.reply(option, kind, []byte(message))
 }
 
-// refuseLookup answers for an export that could not be had.
-func (n *negotiation) refuseLookup(option uint32, err error) {
+// refuseOpen answers for an export that could not be had.
+func (n *negotiation) refuseOpen(option uint32, err error) {
 	if errors.Is(err, ErrUnknownExport) {
-		n.refuse(option, repErrUnknown, "no such export")
+		why := "no such export"
+		if n.srv.TLS != nil && !n.client.TLS {
+			why += " for clients without TLS" // for whatever name: it is no hint
+		}
+		n.refuse(option, repErrUnknown, why)
 		return
 	}
 	n.srv.logger().Error("nbd: export not available", "error", err)
@@ -190,11 +214,14 @@ func (n *negotiation) exportName(ctx context.Context, name string) (outcome, err
 	if !validString(name) {
 		return haggling, fmt.Errorf("%w: bad export name", ErrProtocol)
 	}
-	e, err := lookup(ctx, n.srv.Exports, name)
+	if n.headers == extendedHeaders {
+		return haggling, fmt.Errorf("%w: EXPORT_NAME with extended headers", ErrProtocol)
+	}
+	e, isSelected, err := n.openAgain(ctx, name)
 	if err != nil {
 		return haggling, err
 	}
-	n.choose(e)
+	n.choose(e, isSelected)
 	b := binary.BigEndian.AppendUint64(n.batch, uint64(n.size))
 	b = binary.BigEndian.AppendUint16(b, n.flags)
 	if !n.noZeroes {
@@ -214,24 +241,23 @@ func (n *negotiation) info(ctx context.Context, option uint32, data []byte) (out
 	case !validString(name):
 		n.refuse(option, repErrInvalid, "bad export name")
 		return haggling, nil
-	case n.stopping.Load():
-		n.refuse(option, repErrShutdown, "server is shutting down")
-		return haggling, nil
 	}
-	e, err := lookup(ctx, n.srv.Exports, name)
+	e, isSelected, err := n.openAgain(ctx, name)
 	if err != nil {
-		n.refuseLookup(option, err)
+		n.refuseOpen(option, err)
 		return haggling, nil
 	}
+	// Before GO it is not known yet which contexts there will be.
+	filters := option == optInfo || isSelected && len(n.selected.contexts) > 0
 	if option == optGo {
-		n.choose(e)
-	} else {
+		n.choose(e, isSelected)
+	} else if !isSelected {
 		defer e.release()
 	}
 
 	b := binary.BigEndian.AppendUint16(nil, infoExport)
 	b = binary.BigEndian.AppendUint64(b, uint64(e.Disk.Size()))
-	n.reply(option, repInfo, binary.BigEndian.AppendUint16(b, transmissionFlags(&e, n.structured)))
+	n.reply(option, repInfo, binary.BigEndian.AppendUint16(b, transmissionFlags(&e, n.headers, filters)))
 
 	preferred := uint32(preferredReadOnly)
 	if e.writable() != nil {
@@ -255,30 +281,42 @@ func (n *negotiation) info(ctx context.Context, option uint32, data []byte) (out
 	return haggling, nil
 }
 
-// choose fixes the export for the transmission phase.
-func (n *negotiation) choose(e Export) {
+// choose fixes the export for the transmission phase, with the contexts that were
+// selected for it.
+func (n *negotiation) choose(e Export, isSelected bool) {
 	c := n.conn
+	if isSelected {
+		c.contexts, n.selected = n.selected.contexts, selection{}
+	}
 	c.export = e
+	c.decided.Store(true)
 	c.disk, c.writable, c.size = e.Disk, e.writable(), e.Disk.Size()
 	c.cancelable, _ = e.Disk.(restore.ReaderAtContext)
 	if c.out.canSendFile() {
 		c.filer, _ = e.Disk.(restore.Filer)
+		c.landing, _ = c.writable.(restore.WriteFiler)
 	}
-	c.flags = transmissionFlags(&e, c.structured)
-	c.status = c.structured && n.metaSet && n.metaFor == e.Name
+	c.flags = transmissionFlags(&e, c.headers, len(c.contexts) > 0)
 }
 
 // transmissionFlags tells what an export can do. Flush and FUA are trivially
-// true of a read-only one, and some clients send them to any.
-func transmissionFlags(e *Export, structured bool) uint16 {
-	flags := uint16(transHasFlags | transFlush | transFUA | transCache | transMultiConn)
+// true of a read-only one, and some clients send them to any. filters tells that
+// there may be metadata contexts to choose from in a block status.
+func transmissionFlags(e *Export, h headers, filters bool) uint16 {
+	flags := uint16(transHasFlags | transFlush | transFUA | transCache)
+	if !e.Moving {
+		flags |= transMultiConn
+	}
 	if e.writable() == nil {
 		flags |= transReadOnly
 	} else {
 		flags |= transTrim | transWriteZeroes | transFastZero
 	}
-	if structured {
+	if h.chunked() {
 		flags |= transDF
+	}
+	if h == extendedHeaders && filters {
+		flags |= transBlockStatusPayload
 	}
 	return flags
 }
@@ -289,7 +327,7 @@ func (n *negotiation) list(ctx context.Context, data []byte) error {
 		n.refuse(optList, repErrInvalid, "option takes no data")
 		return nil
 	}
-	exports, err := n.srv.Exports.List(ctx)
+	exports, err := n.srv.Exports.List(ctx, n.client)
 	if err != nil {
 		n.srv.logger().Error("nbd: list of exports", "error", err)
 		n.refuse(optList, repErrPolicy, "list is not available")

@@ -7,6 +7,7 @@ import (
 	"math"
 	"net"
 	"runtime"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -98,7 +99,7 @@ func TestUnknownOptionsAreUnsupported(t *testing.T) {
 	socket, _ := start(t, twoExports(t))
 	p := dial(t, "unix", socket)
 	p.hello(3)
-	for _, option := range []uint32{0, 4, 11, 12, 99, math.MaxUint32} {
+	for _, option := range []uint32{0, 4, 12, 99, math.MaxUint32} {
 		if k := last(p.option(option, "some data")); k != repErrUnsupported {
 			t.Errorf("option %d: %#x", option, k)
 		}
@@ -121,7 +122,7 @@ func TestOptionsWithoutDataRefuseSome(t *testing.T) {
 	socket, _ := start(t, twoExports(t))
 	p := dial(t, "unix", socket)
 	p.hello(3)
-	for _, option := range []uint32{3, 8} {
+	for _, option := range []uint32{3, 8, 11} {
 		if k := last(p.option(option, "x")); k != repErrInvalid {
 			t.Errorf("option %d: %#x", option, k)
 		}
@@ -237,43 +238,49 @@ func TestDefaultExportIsTheOnlyOne(t *testing.T) {
 
 func TestMetaContexts(t *testing.T) {
 	socket, _ := start(t, twoExports(t))
-	query := func(export string, queries ...string) []byte {
-		b := wire(uint32(len(export)), export, uint32(len(queries)))
-		for _, q := range queries {
-			b = wire(b, uint32(len(q)), q)
-		}
-		return b
-	}
 	p := dial(t, "unix", socket)
 	p.hello(3)
 	for _, option := range []uint32{9, 10} {
-		if k := last(p.option(option, query("a"))); k != repErrInvalid {
+		if k := last(p.option(option, metaData("a"))); k != repErrInvalid {
 			t.Errorf("option %d before structured replies: %#x", option, k)
 		}
 	}
-	p.option(8)
+	p.agree(structuredHeaders)
+	const depth = "qemu:allocation-depth"
 	for _, c := range []struct {
 		option  uint32
 		queries []string
-		found   bool
+		found   []string
 	}{
-		{9, nil, true},
-		{9, []string{"base:"}, true},
-		{9, []string{"base:allocation"}, true},
-		{9, []string{"base:other", "x-foo:bar", "nonsense"}, false},
-		{10, nil, false},
-		{10, []string{"base:"}, false},
-		{10, []string{"qemu:dirty-bitmap:x"}, false},
-		{10, []string{"x-foo:bar", "base:allocation"}, true},
+		{9, nil, []string{"base:allocation", depth}},
+		{9, []string{"base:"}, []string{"base:allocation"}},
+		{9, []string{"base:allocation"}, []string{"base:allocation"}},
+		{9, []string{"qemu:"}, []string{depth}},
+		{9, []string{depth, depth, "qemu:"}, []string{depth}},
+		{9, []string{"qemu:dirty-bitmap:", "qemu:dirty-bitmap:x"}, nil},
+		{9, []string{"base:other", "x-foo:bar", "nonsense"}, nil},
+		{10, nil, nil},
+		{10, []string{"base:", "qemu:", "qemu:dirty-bitmap:"}, nil},
+		{10, []string{"qemu:dirty-bitmap:x"}, nil},
+		{10, []string{"x-foo:bar", "base:allocation", "base:allocation"}, []string{"base:allocation"}},
+		{10, []string{depth, "base:allocation"}, []string{depth, "base:allocation"}},
 	} {
-		replies := p.option(c.option, query("a", c.queries...))
-		if last(replies) != repAck || len(replies) != 1 && !c.found || len(replies) != 2 && c.found {
-			t.Errorf("option %d %q: %d replies, last %#x", c.option, c.queries, len(replies), last(replies))
-		} else if c.found && string(replies[0].data[4:]) != "base:allocation" {
-			t.Errorf("option %d %q: context %q", c.option, c.queries, replies[0].data)
+		replies := p.option(c.option, metaData("a", c.queries...))
+		var found []string
+		for i, r := range replies[:len(replies)-1] {
+			found = append(found, string(r.data[4:]))
+			if id := be32(r.data); c.option == 9 && id != 0 || c.option == 10 && id != uint32(i+1) {
+				t.Errorf("option %d %q: ID %d", c.option, c.queries, id)
+			}
+		}
+		if last(replies) != repAck || !slices.Equal(found, c.found) {
+			t.Errorf("option %d %q: %q, last %#x", c.option, c.queries, found, last(replies))
 		}
 	}
-	if k := last(p.option(10, query("missing", "base:allocation"))); k != repErrUnknown {
+	if k := last(p.option(10, metaData("a", make([]string, maxContexts+1)...))); k != repErrTooBig {
+		t.Errorf("too many queries: %#x", k)
+	}
+	if k := last(p.option(10, metaData("missing", "base:allocation"))); k != repErrUnknown {
 		t.Errorf("missing export: %#x", k)
 	}
 	// The failed selection above cleared the one before.
@@ -288,7 +295,7 @@ func TestMetaContextOfAnotherExportDoesNotCount(t *testing.T) {
 	socket, _ := start(t, twoExports(t))
 	p := dial(t, "unix", socket)
 	p.hello(3)
-	p.option(8)
+	p.agree(structuredHeaders)
 	p.option(10, uint32(1), "b", uint32(1), uint32(15), "base:allocation")
 	p.option(7, goData("a"))
 	p.request(0, cmdBlockStatus, 1, 0, 4096)
@@ -355,24 +362,24 @@ func TestTooManyConnectionsAreTurnedAway(t *testing.T) {
 
 type countingExports struct {
 	*Static
-	looked, released atomic.Int64
+	opened, released atomic.Int64
 }
 
-func (c *countingExports) Lookup(ctx context.Context, name string) (Export, error) {
-	e, err := c.Static.Lookup(ctx, name)
+func (c *countingExports) Open(ctx context.Context, client Client, name string) (Export, error) {
+	e, err := c.Static.Open(ctx, client, name)
 	if err == nil {
-		c.looked.Add(1)
+		c.opened.Add(1)
 		e.Release = func() { c.released.Add(1) }
 	}
 	return e, err
 }
 
-func TestEveryLookupIsReleased(t *testing.T) {
+func TestEveryOpenIsReleased(t *testing.T) {
 	from := &countingExports{Static: static(t, Export{Name: "x", Disk: newMemDisk(4096)})}
 	socket, stop := start(t, &Server{Exports: from})
 	p := dial(t, "unix", socket)
 	p.hello(3)
-	p.option(8)
+	p.agree(structuredHeaders)
 	p.option(6, goData("x"))
 	p.option(10, uint32(1), "x", uint32(1), uint32(15), "base:allocation")
 	p.option(7, goData(""))
@@ -383,8 +390,8 @@ func TestEveryLookupIsReleased(t *testing.T) {
 	q.putOption(1, "x")
 	q.get(10)
 	stop()
-	if looked, released := from.looked.Load(), from.released.Load(); looked != 4 || released != looked {
-		t.Errorf("%d look-ups, %d released", looked, released)
+	if opened, released := from.opened.Load(), from.released.Load(); opened != 4 || released != opened {
+		t.Errorf("%d opened, %d released", opened, released)
 	}
 }
 

@@ -7,14 +7,19 @@ import (
 
 // input is the receiving side of a connection. One goroutine uses it.
 type input struct {
+	progress
 	from io.Reader
 	buf  []byte
-	r, w int // buf[r:w] has come and was not used yet
+	r, w int  // buf[r:w] has come and was not used yet
+	bulk bool // the last request carried a large payload; see expect
 
 	// before is called before every read that may block: the moment to send
 	// the replies gathered so far.
 	before func() error
 }
+
+// maxEmpty is how many reads in a row may return nothing.
+const maxEmpty = 100
 
 var errNoProgress = errors.New("connection delivers nothing")
 
@@ -65,8 +70,10 @@ func (in *input) fill() error {
 	if err := in.before(); err != nil {
 		return err
 	}
-	for range 100 {
-		n, err := in.from.Read(in.buf[in.w:])
+	in.waits(in.w > in.r)
+	for range maxEmpty {
+		n, err := in.from.Read(in.buf[in.w : in.w+in.ahead()])
+		in.got(n)
 		in.w += n
 		if n > 0 {
 			return nil
@@ -76,6 +83,19 @@ func (in *input) fill() error {
 		}
 	}
 	return errNoProgress
+}
+
+// expect tells whether payloads are large at the moment. Then no more than the
+// head of a request is read at once, so that its payload goes where it belongs
+// instead of through the buffer.
+func (in *input) expect(bulk bool) { in.bulk = bulk }
+
+func (in *input) ahead() int {
+	free := len(in.buf) - in.w
+	if in.bulk && in.w-in.r < requestLength {
+		return min(free, requestLength-(in.w-in.r))
+	}
+	return free
 }
 
 // readFull fills p, past the buffer where it can: large payloads are copied
@@ -89,11 +109,22 @@ func (in *input) readFull(p []byte) error {
 	if err := in.before(); err != nil {
 		return err
 	}
-	_, err := io.ReadFull(in.from, p[n:])
-	if errors.Is(err, io.EOF) {
-		err = io.ErrUnexpectedEOF
+	for empty := 0; n < len(p); empty++ {
+		in.waits(true)
+		k, err := in.from.Read(p[n:])
+		in.got(k)
+		switch n += k; {
+		case k > 0:
+			empty = 0
+		case errors.Is(err, io.EOF):
+			return io.ErrUnexpectedEOF
+		case err != nil:
+			return err
+		case empty >= maxEmpty:
+			return errNoProgress
+		}
 	}
-	return err
+	return nil
 }
 
 // drain throws n bytes away.

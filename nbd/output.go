@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -24,25 +25,33 @@ var ErrWriteTimeout = errors.New("client takes no replies")
 // closes the connection, which wakes the goroutine that reads from it.
 type output struct {
 	mu      sync.Mutex
+	to      io.Writer // conn, or TLS over it
 	conn    net.Conn
+	under   *gathering      // what TLS writes to, which arms the deadline; nil without
 	raw     syscall.RawConn // nil: no sendfile
 	timeout time.Duration
 	armed   time.Time // when the write deadline was last set
 	err     error
+	ended   func() // called at the first error, unless nil
 	file    fileSend
 	bound   func(uintptr) bool // o.file.step, bound once
 }
 
 func newOutput(conn net.Conn, timeout time.Duration) *output {
-	o := &output{conn: conn, timeout: timeout}
+	o := &output{to: conn, conn: conn, timeout: timeout}
 	switch c := conn.(type) {
 	case *net.TCPConn:
 		o.raw, _ = c.SyscallConn() // without it there is just no sendfile
-	case *net.UnixConn:
+	case *unixConn:
 		o.raw, _ = c.SyscallConn()
 	}
 	o.bound = o.file.step
 	return o
+}
+
+// newTLSOutput sends over TLS, where the kernel cannot send a file.
+func newTLSOutput(over *tls.Conn, under *gathering) *output {
+	return &output{to: over, conn: under.Conn, under: under, timeout: under.timeout}
 }
 
 // send sends the parts as one message.
@@ -57,7 +66,7 @@ func (o *output) sendLocked(parts ...[]byte) error {
 		for len(p) > 0 && o.err == nil {
 			n := min(len(p), writePiece)
 			if o.err = o.arm(); o.err == nil {
-				_, o.err = o.conn.Write(p[:n])
+				_, o.err = o.to.Write(p[:n])
 			}
 			p = p[n:]
 		}
@@ -68,6 +77,9 @@ func (o *output) sendLocked(parts ...[]byte) error {
 // arm moves the write deadline. It is left alone while most of it remains,
 // because moving it costs as much as a small reply.
 func (o *output) arm() error {
+	if o.under != nil {
+		return nil
+	}
 	now := time.Now()
 	if now.Sub(o.armed) < o.timeout/4 {
 		return nil
@@ -85,6 +97,16 @@ func (o *output) check() error {
 		o.err = fmt.Errorf("%w for %v", ErrWriteTimeout, o.timeout)
 	}
 	_ = o.conn.Close() // the stream is torn: there is nothing to close cleanly
+	if o.ended != nil {
+		o.ended()
+	}
+	return o.err
+}
+
+// failure is the first error, nil if there was none.
+func (o *output) failure() error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
 	return o.err
 }
 

@@ -69,7 +69,9 @@ func static(t testing.TB, exports ...Export) *Static {
 type peer struct {
 	t testing.TB
 	net.Conn
-	parts map[uint64]*answer // of next
+	headers headers            // agreed on
+	sent    map[uint64]uint64  // offsets by handle, which extended replies repeat
+	parts   map[uint64]*answer // of next
 }
 
 func dial(t testing.TB, network, address string) *peer {
@@ -79,7 +81,7 @@ func dial(t testing.TB, network, address string) *peer {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = c.Close() })
-	p := &peer{t: t, Conn: c}
+	p := &peer{t: t, Conn: c, sent: map[uint64]uint64{}}
 	p.deadline(20 * time.Second)
 	return p
 }
@@ -179,6 +181,16 @@ func (p *peer) option(option uint32, data ...any) []optionReply {
 	for {
 		r := p.getOptionReply(option)
 		all = append(all, r)
+		if r.kind == 1 {
+			switch option {
+			case 5:
+				p.headers = simpleHeaders
+			case 8:
+				p.headers = structuredHeaders
+			case 11:
+				p.headers = extendedHeaders
+			}
+		}
 		if r.kind == 1 || r.kind>>31 == 1 {
 			return all
 		}
@@ -198,13 +210,46 @@ func goData(name string, infos ...uint16) []byte {
 // enter goes into the transmission phase and returns the transmission flags.
 func (p *peer) enter(name string, structured bool) uint16 {
 	p.t.Helper()
-	p.hello(3)
 	if structured {
-		if k := last(p.option(8)); k != 1 {
-			p.t.Fatalf("structured replies: %#x", k)
+		return p.enterAs(name, structuredHeaders, "base:allocation")
+	}
+	return p.enterAs(name, simpleHeaders)
+}
+
+// agree agrees on a form of headers.
+func (p *peer) agree(h headers) {
+	p.t.Helper()
+	if option := map[headers]uint32{structuredHeaders: 8, extendedHeaders: 11}[h]; option != 0 {
+		if k := last(p.option(option)); k != 1 {
+			p.t.Fatalf("headers %d: %#x", h, k)
 		}
-		if k := last(p.option(10, uint32(len(name)), name, uint32(1), uint32(15), "base:allocation")); k != 1 {
-			p.t.Fatalf("metadata context: %#x", k)
+	}
+}
+
+// metaData is the data of both options on metadata contexts.
+func metaData(export string, queries ...string) []byte {
+	b := wire(uint32(len(export)), export, uint32(len(queries)))
+	for _, q := range queries {
+		b = wire(b, uint32(len(q)), q)
+	}
+	return b
+}
+
+// enterAs is enter with any form of headers and any contexts, whose IDs are their
+// places in the list, from 1 on.
+func (p *peer) enterAs(name string, h headers, contexts ...string) uint16 {
+	p.t.Helper()
+	p.hello(3)
+	p.agree(h)
+	if len(contexts) > 0 {
+		replies := p.option(10, metaData(name, contexts...))
+		if len(replies) != len(contexts)+1 {
+			p.t.Fatalf("metadata contexts %q: %v", contexts, replies)
+		}
+		for i, r := range replies[:len(contexts)] {
+			if r.kind != 4 || be32(r.data) != uint32(i+1) || string(r.data[4:]) != contexts[i] {
+				p.t.Fatalf("metadata context %q: %#x %q", contexts[i], r.kind, r.data)
+			}
 		}
 	}
 	replies := p.option(7, goData(name))
@@ -222,11 +267,43 @@ func (p *peer) enter(name string, structured bool) uint16 {
 
 func (p *peer) request(flags, cmd uint16, handle, off uint64, length uint32, payload ...any) {
 	p.t.Helper()
-	p.put(uint32(0x25609513), flags, cmd, handle, off, length, wire(payload...))
+	p.put(p.encode(flags, cmd, handle, off, uint64(length)), wire(payload...))
+}
+
+// encode returns the head of a request.
+func (p *peer) encode(flags, cmd uint16, handle, off, length uint64) []byte {
+	if p.headers != extendedHeaders {
+		return wire(uint32(0x25609513), flags, cmd, handle, off, uint32(length))
+	}
+	p.sent[handle] = off
+	if cmd == 1 {
+		flags |= 1 << 5
+	}
+	return wire(uint32(0x21e41c71), flags, cmd, handle, off, length)
+}
+
+// getChunk reads what follows the first 16 bytes of a chunk.
+func (p *peer) getChunk(head []byte) (flags, kind uint16, body []byte) {
+	p.t.Helper()
+	flags, kind = binary.BigEndian.Uint16(head[4:]), binary.BigEndian.Uint16(head[6:])
+	switch m := be32(head); {
+	case m == 0x668e33ef && p.headers == structuredHeaders:
+		return flags, kind, p.get(int(be32(p.get(4))))
+	case m == 0x6e8a278c && p.headers == extendedHeaders:
+		rest := p.get(16)
+		if off := be64(rest); off != p.sent[be64(head[8:])] {
+			p.t.Fatalf("reply to offset %d instead of %d", off, p.sent[be64(head[8:])])
+		}
+		return flags, kind, p.get(int(be64(rest[8:])))
+	default:
+		p.t.Fatalf("reply magic %#x with headers %d", m, p.headers)
+		return 0, 0, nil
+	}
 }
 
 // answer is what came for one request: the last error, the data of a read with
-// its holes filled, how many chunks, and the descriptors of a block status.
+// its holes filled, how many chunks, and the descriptors of a block status, also by
+// the context's ID.
 type answer struct {
 	handle uint64
 	errno  Errno
@@ -234,6 +311,7 @@ type answer struct {
 	chunks int
 	holes  int
 	status [][2]uint32
+	byID   map[uint32][][2]uint64
 	why    string
 }
 
@@ -260,16 +338,11 @@ func (p *peer) getStructured(off uint64, n int) answer {
 	for {
 		head := p.get(16)
 		a.handle = binary.BigEndian.Uint64(head[8:])
-		switch m := binary.BigEndian.Uint32(head); m {
-		case 0x67446698:
+		if be32(head) == 0x67446698 && p.headers == structuredHeaders {
 			a.errno = Errno(binary.BigEndian.Uint32(head[4:]))
 			return a
-		case 0x668e33ef:
-		default:
-			p.t.Fatalf("reply magic %#x", m)
 		}
-		flags, kind := binary.BigEndian.Uint16(head[4:]), binary.BigEndian.Uint16(head[6:])
-		body := p.get(int(binary.BigEndian.Uint32(p.get(4))))
+		flags, kind, body := p.getChunk(head)
 		a.chunks++
 		switch kind {
 		case 0:
@@ -282,6 +355,14 @@ func (p *peer) getStructured(off uint64, n int) answer {
 		case 5:
 			for d := body[4:]; len(d) > 0; d = d[8:] {
 				a.status = append(a.status, [2]uint32{binary.BigEndian.Uint32(d), binary.BigEndian.Uint32(d[4:])})
+				a.note(p, be32(body), uint64(be32(d)), uint64(be32(d[4:])))
+			}
+		case 6:
+			if n := int(be32(body[4:])); n == 0 || len(body) != 8+16*n || p.headers != extendedHeaders {
+				p.t.Fatalf("extended block status of %d bytes says %d descriptors", len(body), n)
+			}
+			for d := body[8:]; len(d) > 0; d = d[16:] {
+				a.note(p, be32(body), be64(d), be64(d[8:]))
 			}
 		case 1<<15 + 1:
 			a.errno = Errno(binary.BigEndian.Uint32(body))
@@ -298,15 +379,34 @@ func (p *peer) getStructured(off uint64, n int) answer {
 	}
 }
 
+// note adds a descriptor of a block status.
+func (a *answer) note(p *peer, id uint32, n, status uint64) {
+	if n == 0 {
+		p.t.Fatal("descriptor of no length")
+	}
+	if a.byID == nil {
+		a.byID = map[uint32][][2]uint64{}
+	}
+	a.byID[id] = append(a.byID[id], [2]uint64{n, status})
+}
+
 // both runs f with simple and with structured replies.
 func both(t *testing.T, f func(t *testing.T, structured bool)) {
 	t.Run("simple", func(t *testing.T) { f(t, false) })
 	t.Run("structured", func(t *testing.T) { f(t, true) })
 }
 
-func (p *peer) answer(structured bool, off uint64, n int) answer {
+// forms runs f with each form of headers.
+func forms(t *testing.T, f func(t *testing.T, h headers)) {
+	t.Run("simple", func(t *testing.T) { f(t, simpleHeaders) })
+	t.Run("structured", func(t *testing.T) { f(t, structuredHeaders) })
+	t.Run("extended", func(t *testing.T) { f(t, extendedHeaders) })
+}
+
+// answer reads an answer in the form agreed on.
+func (p *peer) answer(off uint64, n int) answer {
 	p.t.Helper()
-	if structured {
+	if p.headers.chunked() {
 		return p.getStructured(off, n)
 	}
 	return p.getSimple(n)
@@ -341,3 +441,11 @@ func long(n int) string { return strings.Repeat("x", n) }
 
 func be32(p []byte) uint32 { return binary.BigEndian.Uint32(p) }
 func be64(p []byte) uint64 { return binary.BigEndian.Uint64(p) }
+
+// connections counts those that a server has.
+func connections(s *Server) int {
+	s.begin.Do(s.init)
+	s.shares.mu.Lock()
+	defer s.shares.mu.Unlock()
+	return s.shares.conns
+}

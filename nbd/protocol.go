@@ -3,7 +3,8 @@ package nbd
 import "encoding/binary"
 
 // Numbers of the protocol, from sections "Newstyle negotiation", "Values" and
-// "Transmission" of the NBD protocol document. The wire is big-endian.
+// "Transmission" of the NBD protocol document, those of extended headers from its
+// branch extension-ext-header. The wire is big-endian.
 const (
 	magicServer     = 0x4e42444d41474943 // "NBDMAGIC"
 	magicOption     = 0x49484156454f5054 // "IHAVEOPT"
@@ -11,6 +12,9 @@ const (
 	magicRequest    = 0x25609513
 	magicSimple     = 0x67446698
 	magicStructured = 0x668e33ef
+
+	magicExtendedRequest = 0x21e41c71
+	magicExtendedReply   = 0x6e8a278c
 )
 
 // "Handshake flags" and "Client flags".
@@ -35,6 +39,7 @@ const (
 	optStructuredReply = 8
 	optListMetaContext = 9
 	optSetMetaContext  = 10
+	optExtendedHeaders = 11
 )
 
 // "Option reply types".
@@ -47,9 +52,11 @@ const (
 	repErrUnsupported = 1<<31 + 1
 	repErrPolicy      = 1<<31 + 2
 	repErrInvalid     = 1<<31 + 3
+	repErrTLSRequired = 1<<31 + 5
 	repErrUnknown     = 1<<31 + 6
 	repErrShutdown    = 1<<31 + 7
 	repErrTooBig      = 1<<31 + 9
+	repErrExtHeader   = 1<<31 + 10
 )
 
 // Information types of NBD_REP_INFO.
@@ -66,12 +73,15 @@ const (
 	transReadOnly    = 1 << 1
 	transFlush       = 1 << 2
 	transFUA         = 1 << 3
+	transRotational  = 1 << 4
 	transTrim        = 1 << 5
 	transWriteZeroes = 1 << 6
 	transDF          = 1 << 7
 	transMultiConn   = 1 << 8
 	transCache       = 1 << 10
 	transFastZero    = 1 << 11
+
+	transBlockStatusPayload = 1 << 12
 )
 
 // "Request types".
@@ -93,6 +103,8 @@ const (
 	cmdFlagDF       = 1 << 2
 	cmdFlagReqOne   = 1 << 3
 	cmdFlagFastZero = 1 << 4
+
+	cmdFlagPayloadLen = 1 << 5
 )
 
 // "Structured reply flags" and "Structured reply types".
@@ -104,6 +116,8 @@ const (
 	replyOffsetHole  = 2
 	replyBlockStatus = 5
 	replyError       = 1<<15 + 1
+
+	replyBlockStatusExt = 6
 )
 
 // Status flags of the metadata context base:allocation.
@@ -113,11 +127,13 @@ const (
 )
 
 const (
-	requestLength     = 28
-	simpleLength      = 16
-	chunkLength       = 20
-	offsetChunkLength = chunkLength + 8 // of an OFFSET_DATA chunk, without data
-	holeChunkLength   = chunkLength + 12
+	requestLength         = 28
+	extendedRequestLength = 32
+
+	// The head of a reply chunk: 20 bytes, or 32 with extended headers.
+	maxChunkLength    = 32
+	offsetChunkLength = maxChunkLength + 8 // the most that comes before the data of a read
+	holeChunkLength   = maxChunkLength + 12
 )
 
 // request is a decoded request message.
@@ -126,7 +142,7 @@ type request struct {
 	cmd    uint16
 	handle uint64 // the client's cookie, sent back as it came
 	off    uint64
-	length uint32
+	length uint64 // compact: 32 bits
 }
 
 func (r request) has(flag uint16) bool { return r.flags&flag != 0 }
@@ -139,8 +155,20 @@ func decodeRequest(p []byte) (r request, ok bool) {
 		cmd:    binary.BigEndian.Uint16(p[6:]),
 		handle: binary.BigEndian.Uint64(p[8:]),
 		off:    binary.BigEndian.Uint64(p[16:]),
-		length: binary.BigEndian.Uint32(p[24:]),
+		length: uint64(binary.BigEndian.Uint32(p[24:])),
 	}, binary.BigEndian.Uint32(p) == magicRequest
+}
+
+// decodeExtended decodes extendedRequestLength bytes.
+func decodeExtended(p []byte) (r request, ok bool) {
+	_ = p[extendedRequestLength-1]
+	return request{
+		flags:  binary.BigEndian.Uint16(p[4:]),
+		cmd:    binary.BigEndian.Uint16(p[6:]),
+		handle: binary.BigEndian.Uint64(p[8:]),
+		off:    binary.BigEndian.Uint64(p[16:]),
+		length: binary.BigEndian.Uint64(p[24:]),
+	}, binary.BigEndian.Uint32(p) == magicExtendedRequest
 }
 
 // appendSimple appends a simple reply without its data.
@@ -150,31 +178,51 @@ func appendSimple(p []byte, handle uint64, e Errno) []byte {
 	return binary.BigEndian.AppendUint64(p, handle)
 }
 
-// appendChunk appends the head of a structured reply chunk of n payload bytes.
-func appendChunk(p []byte, flags, kind uint16, handle uint64, n uint32) []byte {
-	p = binary.BigEndian.AppendUint32(p, magicStructured)
+// headers is the form of a connection's replies, agreed on in the handshake.
+type headers uint8
+
+const (
+	simpleHeaders     headers = iota // simple replies only
+	structuredHeaders                // chunks; simple ones for success without data
+	extendedHeaders                  // chunks only, requests and replies with 64-bit lengths
+)
+
+// chunked tells whether replies may consist of chunks.
+func (h headers) chunked() bool { return h != simpleHeaders }
+
+// appendChunk appends the head of a reply chunk of n payload bytes.
+func (h headers) appendChunk(p []byte, flags, kind uint16, r request, n uint32) []byte {
+	if h == extendedHeaders {
+		p = binary.BigEndian.AppendUint32(p, magicExtendedReply)
+	} else {
+		p = binary.BigEndian.AppendUint32(p, magicStructured)
+	}
 	p = binary.BigEndian.AppendUint16(p, flags)
 	p = binary.BigEndian.AppendUint16(p, kind)
-	p = binary.BigEndian.AppendUint64(p, handle)
+	p = binary.BigEndian.AppendUint64(p, r.handle)
+	if h == extendedHeaders {
+		p = binary.BigEndian.AppendUint64(p, r.off)
+		return binary.BigEndian.AppendUint64(p, uint64(n))
+	}
 	return binary.BigEndian.AppendUint32(p, n)
 }
 
 // appendDataChunk appends the head of an OFFSET_DATA chunk of n bytes of data.
-func appendDataChunk(p []byte, flags uint16, handle, off uint64, n uint32) []byte {
-	p = appendChunk(p, flags, replyOffsetData, handle, n+8)
+func (h headers) appendDataChunk(p []byte, flags uint16, r request, off uint64, n uint32) []byte {
+	p = h.appendChunk(p, flags, replyOffsetData, r, n+8)
 	return binary.BigEndian.AppendUint64(p, off)
 }
 
 // appendHoleChunk appends a whole OFFSET_HOLE chunk.
-func appendHoleChunk(p []byte, flags uint16, handle, off uint64, n uint32) []byte {
-	p = appendChunk(p, flags, replyOffsetHole, handle, 12)
+func (h headers) appendHoleChunk(p []byte, flags uint16, r request, off uint64, n uint32) []byte {
+	p = h.appendChunk(p, flags, replyOffsetHole, r, 12)
 	p = binary.BigEndian.AppendUint64(p, off)
 	return binary.BigEndian.AppendUint32(p, n)
 }
 
 // appendErrorChunk appends a whole, final ERROR chunk.
-func appendErrorChunk(p []byte, handle uint64, e Errno, message string) []byte {
-	p = appendChunk(p, replyFlagDone, replyError, handle, uint32(6+len(message)))
+func (h headers) appendErrorChunk(p []byte, r request, e Errno, message string) []byte {
+	p = h.appendChunk(p, replyFlagDone, replyError, r, uint32(6+len(message)))
 	p = binary.BigEndian.AppendUint32(p, uint32(e))
 	p = binary.BigEndian.AppendUint16(p, uint16(len(message)))
 	return append(p, message...)

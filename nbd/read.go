@@ -27,13 +27,11 @@ const (
 )
 
 // read executes NBD_CMD_READ. The connection's goroutine does it itself if that
-// is quick: what is small and lately came fast, and what lies in a file.
+// is quick: what is small and lately came fast, and large parts of a file.
 func (c *conn) read(ctx context.Context, r request) error {
 	n := int64(r.length)
+	c.in.expect(false)
 	if n < largeRead {
-		if c.inFile(int64(r.off), n) {
-			return c.readSmall(ctx, r)
-		}
 		if mean := c.readCost.Load(); mean < int64(slowRead) {
 			start := time.Now()
 			err := c.readSmall(ctx, r)
@@ -77,18 +75,18 @@ func (c *conn) inFile(off, n int64) bool {
 }
 
 // fragments tells whether the reply may consist of several chunks.
-func (c *conn) fragments(r request) bool { return c.structured && !r.has(cmdFlagDF) }
+func (c *conn) fragments(r request) bool { return c.headers.chunked() && !r.has(cmdFlagDF) }
 
 // appendData appends the head of a reply of n bytes at off that were read already.
 func (c *conn) appendData(p []byte, r request, off, n int64, last bool) []byte {
-	if !c.structured {
+	if !c.headers.chunked() {
 		return appendSimple(p, r.handle, 0)
 	}
 	var flags uint16
 	if last {
 		flags = replyFlagDone
 	}
-	return appendDataChunk(p, flags, r.handle, uint64(off), uint32(n))
+	return c.headers.appendDataChunk(p, flags, r, uint64(off), uint32(n))
 }
 
 // readSmall reads into the batch of replies, without a copy.
@@ -114,7 +112,9 @@ func (c *conn) readSmall(ctx context.Context, r request) error {
 // holes as such, data by sendfile where it lies in a file.
 func (c *conn) readLarge(ctx context.Context, r request) error {
 	off, n := int64(r.off), int64(r.length)
-	if !c.fragments(r) {
+	// Looking for a file's holes may take longer than sending zeroes: tmpfs looks at every
+	// page up to the next one.
+	if !c.fragments(r) || c.inFile(off, n) {
 		_, err := c.readRun(ctx, r, off, n, true)
 		return err
 	}
@@ -125,7 +125,7 @@ func (c *conn) readLarge(ctx context.Context, r request) error {
 			if last {
 				flags = replyFlagDone
 			}
-			if err := c.out.send(appendHoleChunk(make([]byte, 0, holeChunkLength), flags, r.handle, uint64(run.off), uint32(run.n))); err != nil {
+			if err := c.out.send(c.headers.appendHoleChunk(make([]byte, 0, holeChunkLength), flags, r, uint64(run.off), uint32(run.n))); err != nil {
 				return err
 			}
 			continue
@@ -236,8 +236,8 @@ func (c *conn) readFile(ctx context.Context, r request, fd uintptr, off, n int64
 	case failed != nil:
 		c.logDisk("read", r, failed)
 		return false, c.out.sendLocked(c.appendReply(nil, r, errnoOf(failed), ""))
-	case last && c.structured:
-		return true, c.out.sendLocked(appendChunk(nil, replyFlagDone, replyNone, r.handle, 0))
+	case last && c.headers.chunked():
+		return true, c.out.sendLocked(c.headers.appendChunk(nil, replyFlagDone, replyNone, r, 0))
 	}
 	return true, nil
 }
@@ -253,7 +253,7 @@ func (c *conn) copyLocked(ctx context.Context, off, n int64) (failed, err error)
 			failed = c.readAt(ctx, p, off)
 		}
 		if failed != nil {
-			if !c.structured {
+			if !c.headers.chunked() {
 				c.out.err = fmt.Errorf("read after the reply began: %w", failed)
 				return failed, c.out.check()
 			}
@@ -285,4 +285,14 @@ func (c *conn) cache(ctx context.Context, r request) Errno {
 		off, n = off+int64(len(p)), n-int64(len(p))
 	}
 	return 0
+}
+
+// extents merges the disk's extents into at most limit runs from off on.
+func (c *conn) extents(ctx context.Context, off, n int64, limit int) ([]run, error) {
+	list, err := collect(allocation(ctx, c.disk, off, n), off, n, limit)
+	runs := make([]run, len(list))
+	for i, e := range list {
+		runs[i] = run{e.off, e.n, e.status != 0}
+	}
+	return runs, err
 }

@@ -115,7 +115,7 @@ func TestNbdinfo(t *testing.T) {
 			if one.Name != "one" || one.Description != "first of two" || one.Size != 32<<20 || one.ReadOnly || !one.Multi || !one.FastZero || !one.Trim {
 				t.Errorf("%+v", one)
 			}
-			if one.BlockPreferred != 4096 || one.BlockMax != maxPayload || fmt.Sprint(one.Contexts) != "[base:allocation]" {
+			if one.BlockPreferred != 4096 || one.BlockMax != maxPayload || fmt.Sprint(one.Contexts) != "[base:allocation qemu:allocation-depth]" {
 				t.Errorf("%+v", one)
 			}
 			if two.Name != "two" || !two.ReadOnly || two.Trim || two.BlockPreferred != 64<<10 {

@@ -37,6 +37,7 @@ func (c *conn) write(ctx context.Context, r request) error {
 // writePayload takes exactly the payload from the input, whatever the disk says.
 func (c *conn) writePayload(r request) (diskErr, err error) {
 	off, n := int64(r.off), int(r.length)
+	c.in.expect(n > smallWrite)
 	if n <= smallWrite {
 		if n == 0 {
 			return nil, nil
@@ -49,19 +50,96 @@ func (c *conn) writePayload(r request) (diskErr, err error) {
 		c.in.skip(n)
 		return diskErr, nil
 	}
+	return c.writeLarge(off, int64(n))
+}
+
+// writeLarge takes a payload in pieces. Where the disk lies in a file, the kernel
+// moves it there.
+func (c *conn) writeLarge(off, n int64) (diskErr, err error) {
+	if c.landing != nil && c.unix != nil {
+		if fd, at, ok := c.landing.WriteFile(off, n); ok {
+			return c.writeSpliced(int(fd), at-off, off, n)
+		}
+	}
+	return c.writePieces(off, n, nil)
+}
+
+// writePieces writes n bytes at off through a buffer. After an earlier error it
+// only takes them.
+func (c *conn) writePieces(off, n int64, before error) (diskErr, err error) {
 	buf := c.srv.buffers.get(writeChunk)
 	defer c.srv.buffers.put(buf)
+	diskErr = before
 	for n > 0 {
-		p := buf.data[:min(n, writeChunk-int(off%writeAlign))]
+		p := buf.data[:min(n, writeChunk-off%writeAlign)]
 		if err := c.in.readFull(p); err != nil {
 			return nil, err
 		}
 		if diskErr == nil {
 			_, diskErr = c.writable.WriteAt(p, off)
 		}
-		off, n = off+int64(len(p)), n-len(p)
+		off, n = off+int64(len(p)), n-int64(len(p))
 	}
 	return diskErr, nil
+}
+
+// writeSpliced has the kernel write n bytes at off of the disk, which are at off+shift
+// of the file.
+func (c *conn) writeSpliced(fd int, shift, off, n int64) (diskErr, err error) {
+	// What was read ahead comes first, and ends where a page does.
+	if ready := int64(c.in.w - c.in.r); ready > 0 {
+		head := min(n, (off+ready+page-1)&^(page-1)-off)
+		if diskErr, err := c.writePieces(off, head, nil); diskErr != nil || err != nil {
+			if err != nil {
+				return nil, err
+			}
+			return c.writePieces(off+head, n-head, diskErr)
+		}
+		off, n = off+head, n-head
+	}
+	if n == 0 {
+		return nil, nil
+	}
+	if err := c.in.before(); err != nil {
+		return nil, err
+	}
+	if c.splicer == nil {
+		if c.splicer, err = newSplicer(); err != nil {
+			return c.writePieces(off, n, nil) // out of descriptors, most likely
+		}
+	}
+	at, left, err := c.splicer.move(c.unix, &c.in.progress, fd, off+shift, n)
+	if err != nil {
+		return nil, err
+	}
+	if c.splicer.held > 0 || left > 0 {
+		return c.writeUnspliced(at-shift, left)
+	}
+	return nil, nil
+}
+
+// writeUnspliced writes what the file did not take from the pipe, and what is still
+// to come: either works, or says what is wrong.
+func (c *conn) writeUnspliced(off, left int64) (diskErr, err error) {
+	buf := c.srv.buffers.get(writeChunk)
+	defer c.srv.buffers.put(buf)
+	for c.splicer.held > 0 {
+		n, err := c.splicer.take(buf.data)
+		if err != nil {
+			return nil, err
+		}
+		if diskErr == nil {
+			_, diskErr = c.writable.WriteAt(buf.data[:n], off)
+		}
+		off += int64(n)
+	}
+	return c.writePieces(off, left, diskErr)
+}
+
+func (c *conn) dropSplicer() {
+	if c.splicer != nil {
+		_ = c.splicer.Close() // what it may hold is nobody's any more
+	}
 }
 
 // sync makes all writes answered so far durable, of all connections. It is

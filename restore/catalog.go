@@ -3,9 +3,11 @@ package restore
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 
 	"github.com/tidemark/tidemark/store"
 )
@@ -90,6 +92,32 @@ func (c *Catalog) Find(ctx context.Context, ref string) (*PointDetails, error) {
 	return d, err
 }
 
+// ErrNotOffered is wrapped when a point is used only if it is named by its ID.
+var ErrNotOffered = errors.New("choose another point, or name it by its ID")
+
+// FindBootable is as Find, for a point to run a machine from. One that shows no single
+// instant, or is known to be damaged, has to be named by its ID ([NamesByID]), else the
+// error wraps [ErrNotOffered].
+func (c *Catalog) FindBootable(ctx context.Context, ref string) (*PointDetails, error) {
+	p, err := c.Find(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	_, point, _ := strings.Cut(ref, "@")
+	byID := NamesByID(point, p.ID)
+	if p.Damage != nil && !byID {
+		return nil, fmt.Errorf("%s is %s@%s, which is damaged: %w", ref, p.VM, p.ID, ErrNotOffered)
+	}
+	if p.Consistency == string(store.None) && !byID {
+		return nil, fmt.Errorf("%s is %s@%s, which was read while it was written and shows no single instant: %w", ref, p.VM, p.ID, ErrNotOffered)
+	}
+	return p, nil
+}
+
+// NamesByID tells whether a point is named by its ID, or by the first 4 digits of it
+// at least: such a name never leads to another point.
+func NamesByID(point, id string) bool { return len(point) >= 4 && strings.HasPrefix(id, point) }
+
 func details(p *store.Point) (*PointDetails, error) {
 	doc, err := json.MarshalIndent(p, "", "  ")
 	if err != nil {
@@ -128,3 +156,10 @@ func (c *Catalog) Identity(p *PointDetails, disk int) string {
 // ErrNotFound is wrapped by errors of look-ups that found nothing. It is the
 // same as store.ErrNotFound.
 var ErrNotFound = store.ErrNotFound
+
+// ErrAmbiguous is wrapped when the start of an ID fits several points. It is the same as
+// store.ErrAmbiguous.
+var ErrAmbiguous = store.ErrAmbiguous
+
+// ErrInvalid is wrapped when a reference is none. It is the same as store.ErrInvalid.
+var ErrInvalid = store.ErrInvalid

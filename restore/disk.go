@@ -64,3 +64,13 @@ type Filer interface {
 	// move its offset.
 	File(off, n int64) (fd uintptr, ok bool)
 }
+
+// WriteFiler is implemented by writable disks of which parts lie in a plain file, so that a
+// server can have the kernel write there.
+type WriteFiler interface {
+	// WriteFile returns the descriptor, and the offset in its file, to which a write of
+	// [off, off+n) may go instead of WriteAt, in any pieces; or false. It counts as
+	// returned from when the last piece is there. Nothing else may be written there.
+	// The caller must not close the descriptor, nor move its offset.
+	WriteFile(off, n int64) (fd uintptr, at int64, ok bool)
+}

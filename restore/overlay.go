@@ -51,6 +51,7 @@ const (
 
 var (
 	_ WritableDisk    = (*Overlay)(nil)
+	_ WriteFiler      = (*Overlay)(nil)
 	_ ReaderAtContext = (*Overlay)(nil)
 	_ io.Closer       = (*Overlay)(nil)
 )
@@ -115,14 +116,7 @@ func newOverlay(f backing, base Disk, shape overlayShape) *Overlay {
 // readOverlay checks header and bitmap of a file of fileSize bytes. It does not
 // close f.
 func readOverlay(f backing, fileSize int64, base Disk, identity string) (*Overlay, error) {
-	head := make([]byte, overlayHeader)
-	if n, err := f.ReadAt(head, 0); err != nil {
-		if errors.Is(err, io.EOF) {
-			return nil, fmt.Errorf("only %d bytes: %w", n, ErrNotOverlay)
-		}
-		return nil, err
-	}
-	shape, err := decodeOverlay(head)
+	shape, err := readShape(f)
 	if err != nil {
 		return nil, err
 	}
@@ -146,6 +140,27 @@ func readOverlay(f backing, fileSize int64, base Disk, identity string) (*Overla
 		}
 	}
 	return o, nil
+}
+
+// readOverlayShape reads what the header of the file at path says.
+func readOverlayShape(path string) (_ overlayShape, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return overlayShape{}, err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	return readShape(f)
+}
+
+func readShape(f io.ReaderAt) (overlayShape, error) {
+	head := make([]byte, overlayHeader)
+	if n, err := f.ReadAt(head, 0); err != nil {
+		if errors.Is(err, io.EOF) {
+			return overlayShape{}, fmt.Errorf("only %d bytes: %w", n, ErrNotOverlay)
+		}
+		return overlayShape{}, err
+	}
+	return decodeOverlay(head)
 }
 
 // Size is that of the base.
@@ -207,6 +222,16 @@ func noEOF(err error) error {
 		return io.ErrUnexpectedEOF
 	}
 	return err
+}
+
+// WriteFile implements [WriteFiler]: blocks that are in the overlay stay where they are.
+func (o *Overlay) WriteFile(off, n int64) (fd uintptr, at int64, ok bool) {
+	f, plain := o.file.(*sparseFile)
+	if !plain || o.space != nil || checkWrite("write", off, n, o.shape.size) != nil ||
+		!o.bits.all(off/overlayBlock, (off+n+overlayBlock-1)/overlayBlock) {
+		return 0, 0, false
+	}
+	return f.Fd(), o.shape.dataAt() + off, true
 }
 
 // WriteAt implements io.WriterAt. A write outside the disk fails as a whole with [ErrRange].
@@ -455,35 +480,5 @@ func (o *Overlay) baseExtents(ctx context.Context, m *extentMerger, from, to int
 
 // ownExtents adds data and holes of the file for [from, to), as baseExtents does.
 func (o *Overlay) ownExtents(ctx context.Context, m *extentMerger, from, to int64) bool {
-	start := o.shape.dataAt()
-	for from < to {
-		if err := ctx.Err(); err != nil {
-			m.fail(err)
-			return false
-		}
-		data, err := o.file.NextData(start + from)
-		if errors.Is(err, io.EOF) {
-			return m.add(from, to, true)
-		}
-		if err != nil {
-			m.fail(err)
-			return false
-		}
-		data = min(data-start, to)
-		hole := data
-		if data < to {
-			if hole, err = o.file.NextHole(start + data); err != nil {
-				m.fail(err)
-				return false
-			}
-			// A file system that cut the hole off in the middle of nowhere must
-			// not hold us up.
-			hole = min(max(hole-start, data+1), to)
-		}
-		if !m.add(from, data, true) || !m.add(data, hole, false) {
-			return false
-		}
-		from = hole
-	}
-	return true
+	return addHoles(ctx, m, o.file, o.shape.dataAt(), from, to)
 }

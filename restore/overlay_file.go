@@ -31,6 +31,9 @@ func createOverlayFile(path string, shape overlayShape) (_ *sparseFile, err erro
 	if _, err := os.Lstat(path); err == nil {
 		return nil, &os.PathError{Op: "create", Path: path, Err: os.ErrExist}
 	}
+	if err := notMoved(path); err != nil {
+		return nil, err
+	}
 	tmp, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".new-*")
 	if err != nil {
 		return nil, err
@@ -64,6 +67,9 @@ func createOverlayFile(path string, shape overlayShape) (_ *sparseFile, err erro
 
 // openOverlayFile opens and locks an overlay file. The caller has yet to check it.
 func openOverlayFile(path string) (*sparseFile, error) {
+	if err := notMoved(path); err != nil {
+		return nil, err
+	}
 	of, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		return nil, err

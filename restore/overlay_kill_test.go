@@ -28,6 +28,10 @@ func TestMain(m *testing.M) {
 		}
 		return
 	}
+	if path := os.Getenv(hydrateChild); path != "" {
+		fmt.Println(hydrateUntilKilled(path))
+		os.Exit(1)
+	}
 	if path := os.Getenv(restoreChild); path != "" {
 		fmt.Println(restoreSlowly(path))
 		os.Exit(1)

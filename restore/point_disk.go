@@ -140,13 +140,18 @@ const readChunk = 4 << 20
 func (d *PointDisk) readChunk(ctx context.Context, p []byte, off int64) (int, error) {
 	grain := int64(d.root.Grain)
 	first := off / grain
-	l, err := d.enter(ctx, first, (off+int64(len(p))-1)/grain+1)
+	asked := (off+int64(len(p))-1)/grain + 1
+	to := d.ahead.claim(first, asked)
+	l, err := d.enter(ctx, first, to)
+	if err != nil && to > asked { // it may be the map of what was not asked for
+		l, err = d.enter(ctx, first, asked)
+	}
 	if err != nil {
 		return 0, d.readError(first, err)
 	}
 	defer l.release()
 	done := 0
-	for i := range l.grains {
+	for i := 0; done < len(p); i++ {
 		at := off + int64(done)
 		piece := p[done:min(len(p), done+int(grain-at%grain))]
 		data, err := l.get(ctx, i)

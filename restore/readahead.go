@@ -147,6 +147,28 @@ func (r *readAhead) take() (grainSpan, bool) {
 	return s, true
 }
 
+// claim gives a reader of the grains [first, to) what is queued of the spans that they lie in: it loads the grains
+// up to the returned one with one call, instead of one by one until a loader comes to the span. What is queued
+// before first stays queued.
+func (r *readAhead) claim(first, to int64) int64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	end := to
+	kept := r.queue[:0]
+	for _, s := range r.queue {
+		if s.from >= to || s.to <= first {
+			kept = append(kept, s)
+			continue
+		}
+		end = max(end, s.to)
+		if s.from < first {
+			kept = append(kept, grainSpan{s.from, first})
+		}
+	}
+	r.queue = kept
+	return end
+}
+
 // close stops loading and waits for the goroutines.
 func (r *readAhead) close() {
 	r.mu.Lock()

@@ -1,8 +1,10 @@
 package restore
 
 import (
+	"bytes"
 	"context"
 	"runtime"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -102,6 +104,61 @@ func TestInterleavedReadersAreToldApart(t *testing.T) {
 		}
 	}
 	waitFor(t, func() bool { return s.reads.Load() >= 3*(4+2) })
+}
+
+// While all loaders are busy, a reader in the queue takes its span over, instead of asking for grain by
+// grain.
+func TestReaderTakesAQueuedSpanOver(t *testing.T) {
+	const begun = aheadBytes / testGrain // grains: the window is full at once
+	const span = aheadSpan / testGrain
+	release := make(chan struct{})
+	ahead := context.Context(nil)
+	s := &numberedGrains{}
+	var read [4 * begun]atomic.Int64
+	s.hold = func(ctx context.Context, grain int64) error {
+		read[grain].Add(1)
+		if ctx != ahead {
+			return nil
+		}
+		<-release
+		return nil
+	}
+	d := numberedDisk(t, s, 4*begun, NewCache(256<<20))
+	ahead = d.ahead.ctx
+	for _, off := range []int64{0, begun / 2 * testGrain} {
+		if _, err := d.ReadAt(make([]byte, begun/2*testGrain), off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.ahead.mu.Lock()
+	queued := slices.Clone(d.ahead.queue)
+	d.ahead.mu.Unlock()
+	last := queued[len(queued)-1]
+	if last.to-last.from != span {
+		t.Fatalf("queued: %v", queued)
+	}
+	calls := s.calls.Load()
+	p := make([]byte, testGrain)
+	for g := last.from + 1; g < last.to; g++ {
+		if _, err := d.ReadAt(p, g*testGrain); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(p, numbered(g)) {
+			t.Fatalf("grain %d holds something else", g)
+		}
+	}
+	// One for the span, one for what lies behind it: this reader has a stream of its own.
+	if n := s.calls.Load() - calls; n > 2 {
+		t.Errorf("a span of %d grains was read with %d calls", span, n)
+	}
+	close(release)
+	// The grain before the reader is loaded by who would have loaded the span.
+	for g := range last.to {
+		waitFor(t, func() bool { return read[g].Load() > 0 })
+		if n := read[g].Load(); n != 1 {
+			t.Fatalf("grain %d was read %d times", g, n)
+		}
+	}
 }
 
 // Close must wait for loaders, and not for longer than their context takes.

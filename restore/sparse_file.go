@@ -1,6 +1,7 @@
 package restore
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -85,6 +86,44 @@ func (f *sparseFile) seek(off int64, whence int) (at int64, err error) {
 		return err
 	})
 	return at, err
+}
+
+// addHoles adds data and holes of a file to m: those of [from, to) of a disk that
+// begins at start of the file. It returns false when the sequence is over.
+func addHoles(ctx context.Context, m *extentMerger, f interface {
+	NextData(off int64) (int64, error)
+	NextHole(off int64) (int64, error)
+}, start, from, to int64) bool {
+	for from < to {
+		if err := ctx.Err(); err != nil {
+			m.fail(err)
+			return false
+		}
+		data, err := f.NextData(start + from)
+		if errors.Is(err, io.EOF) {
+			return m.add(from, to, true)
+		}
+		if err != nil {
+			m.fail(err)
+			return false
+		}
+		data = min(data-start, to)
+		hole := data
+		if data < to {
+			if hole, err = f.NextHole(start + data); err != nil {
+				m.fail(err)
+				return false
+			}
+			// A file system that cut the hole off in the middle of nowhere must
+			// not hold us up.
+			hole = min(max(hole-start, data+1), to)
+		}
+		if !m.add(from, data, true) || !m.add(data, hole, false) {
+			return false
+		}
+		from = hole
+	}
+	return true
 }
 
 func (f *sparseFile) Allocated() (int64, error) {

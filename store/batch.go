@@ -223,23 +223,42 @@ func (r *reader) loadNodes(ctx context.Context, refs []Ref) {
 		keys[i] = ref.Hash
 	}
 	r.nodes.fillMany(keys, func(missing []int, done func(i int, n *node, cost int64, err error)) {
-		raw := make([][]byte, len(refs))
-		r.readMany(ctx, kindNode, refs, missing,
-			func(i, n int) ([]byte, error) {
-				raw[i] = make([]byte, n)
-				return raw[i], nil
-			},
-			func(i int, err error) {
-				if err != nil {
-					done(i, nil, 0, err)
-					return
-				}
-				n, err := parseNode(refs[i], raw[i])
-				if err != nil {
-					done(i, nil, 0, err)
-					return
-				}
-				done(i, n, n.cost(), nil)
-			})
+		r.readNodesAt(ctx, refs, missing, func(i int, n *node, err error) {
+			if err != nil {
+				done(i, nil, 0, err)
+				return
+			}
+			done(i, n, n.cost(), nil)
+		})
 	})
+}
+
+// readNodes reads nodes with few requests, past the cache.
+func (r *reader) readNodes(ctx context.Context, refs []Ref) ([]*node, []error) {
+	nodes, errs := make([]*node, len(refs)), make([]error, len(refs))
+	all := make([]int, len(refs))
+	for i := range all {
+		all[i] = i
+	}
+	r.readNodesAt(ctx, refs, all, func(i int, n *node, err error) { nodes[i], errs[i] = n, err })
+	return nodes, errs
+}
+
+// readNodesAt reads the nodes of refs[i] for each i of at, as readMany does.
+func (r *reader) readNodesAt(ctx context.Context, refs []Ref, at []int, done func(i int, n *node, err error)) {
+	raw := make([][]byte, len(refs))
+	r.readMany(ctx, kindNode, refs, at,
+		func(i, n int) ([]byte, error) {
+			raw[i] = make([]byte, n)
+			return raw[i], nil
+		},
+		func(i int, err error) {
+			if err != nil {
+				done(i, nil, err)
+				return
+			}
+			n, err := parseNode(refs[i], raw[i])
+			raw[i] = nil
+			done(i, n, err)
+		})
 }

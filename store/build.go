@@ -36,10 +36,11 @@ func (d *DiskWriter) build(ctx context.Context) (Root, error) {
 		base = subtree{d.parent.root.Ref, int(d.parent.root.Level)}
 	}
 	for base.level > top { // the disk shrank: the rest lies beyond the end
-		var err error
-		if base, err = base.child(ctx, d.w.repo.reader, base.level, 0); err != nil {
+		children, err := base.children(ctx, d.w.repo.reader, base.level)
+		if err != nil {
 			return Root{}, err
 		}
+		base = children(0)
 	}
 	root := d.shape
 	var err error
@@ -66,6 +67,10 @@ func (d *DiskWriter) buildNode(ctx context.Context, level int, first int64, base
 	if base.level == level && d.covers(level, first, keys) {
 		base = subtree{level: level}
 	}
+	old, err := base.children(ctx, d.w.repo.reader, level)
+	if err != nil {
+		return Ref{}, err
+	}
 	var children [fanOut]Ref
 	for i := range fanOut {
 		at := first + int64(i)*span(level)
@@ -76,11 +81,7 @@ func (d *DiskWriter) buildNode(ctx context.Context, level int, first int64, base
 		if limit := (at + span(level)) >> fanOutBits; len(keys) > 0 && keys[len(keys)-1] >= limit {
 			below, _ = slices.BinarySearch(keys, limit)
 		}
-		c, err := base.child(ctx, d.w.repo.reader, level, i)
-		if err != nil {
-			return Ref{}, err
-		}
-		if children[i], err = d.buildNode(ctx, level-1, at, c, keys[:below]); err != nil {
+		if children[i], err = d.buildNode(ctx, level-1, at, old(i), keys[:below]); err != nil {
 			return Ref{}, err
 		}
 		keys = keys[below:]

@@ -229,9 +229,10 @@ func (c *copying) disk(ctx context.Context, w *Writer, d *Disk, base *Point) err
 	}
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(2 * runtime.GOMAXPROCS(0))
-	for run, err := range m.Diff(gctx, was) {
+	for run, err := range m.Diff(gctx, was, 0, m.Grains()) {
 		if err != nil {
-			return errors.Join(err, g.Wait())
+			g.Go(func() error { return err }) // not in the way of what cancelled it
+			break
 		}
 		c.progress(w.as.Name(), run.To*int64(d.Root.Grain), d.Root.Size)
 		for n := run.From; n < run.To && gctx.Err() == nil; n++ {

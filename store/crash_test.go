@@ -4,22 +4,21 @@ import (
 	"context"
 	"errors"
 	"flag"
-	"fmt"
 	"math/rand/v2"
 	"os"
 	"strconv"
-	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/tidemark/tidemark/store/blob"
 	"github.com/tidemark/tidemark/store/blob/faultblob"
+	"github.com/tidemark/tidemark/store/blob/s3"
 	"github.com/tidemark/tidemark/store/blob/s3/s3test"
 )
 
 func TestMain(m *testing.M) {
 	argon2Cost = argon2Params{Time: 1, Memory: 8, Threads: 1}
-	faultblob.Main(map[string]faultblob.Job{"backup": crashJob, "resume": resumeJob, "repair": repairJob})
+	faultblob.Main(map[string]faultblob.Job{"operation": operationJob})
 	_ = flag.Set("rapid.checks", "25") // the command line still wins
 	os.Exit(m.Run())
 }
@@ -28,6 +27,8 @@ const (
 	crashSize   = 5 << 20 // two levels
 	crashGrain  = 4096
 	crashWrites = 16
+
+	crashDataPack, crashNodePack = 32 << 10, 2 << 10
 )
 
 // crashImage is the disk after so many backups, and crashPut does the writes of one.
@@ -51,40 +52,34 @@ func crashPut(n int, put func(off int64, p []byte)) {
 	}
 }
 
-// crashJob makes point after point and says so when each is committed.
-func crashJob(ctx context.Context, l *faultblob.Layer, say func(string), args []string) error {
-	r, err := crashRepo(ctx, l, args[0])
-	if err != nil {
-		return err
-	}
-	for range 2 {
-		p, err := crashBackup(ctx, r)
-		if err != nil {
-			return err
-		}
-		say(p.Disks[0].ChangeID + " " + p.ID)
-	}
-	return nil
-}
-
 // crashRepo opens the repository with a fault layer below it.
 func crashRepo(ctx context.Context, l *faultblob.Layer, location string) (*Repo, error) {
 	p, err := parseLocation(location)
 	if err != nil {
 		return nil, err
 	}
-	b, err := p.open(ctx)
+	var b blob.Store
+	if p.dir == "" {
+		b, err = s3.Open(ctx, p.s3, s3.Options{Wrap: func(d s3.Doer) s3.Doer { return l.Requests(d) }})
+	} else {
+		b, err = p.open(ctx)
+	}
 	if err != nil {
 		return nil, err
 	}
 	if d, ok := b.(*blob.Dir); ok {
 		l.Watch(d)
 	}
-	r, err := openOn(ctx, l.Over(b), location, testKey()...)
+	return openSmall(ctx, l.Over(b), location)
+}
+
+// openSmall opens the repository in b, whose packs will be small.
+func openSmall(ctx context.Context, b blob.Store, location string) (*Repo, error) {
+	r, err := openOn(ctx, b, location, testKey()...)
 	if err != nil {
 		return nil, err
 	}
-	r.dataPackLen, r.nodePackLen = 32<<10, 2<<10
+	r.dataPackLen, r.nodePackLen = crashDataPack, crashNodePack
 	return r, nil
 }
 
@@ -115,128 +110,9 @@ func crashBackup(ctx context.Context, r *Repo) (*Point, error) {
 	return w.Commit(ctx, p)
 }
 
-// acked adds what a child said to the IDs that were acknowledged, by number.
-func acked(t *testing.T, acks map[int]string, o faultblob.Outcome) {
-	t.Helper()
-	for _, line := range o.Said {
-		var n int
-		var id string
-		if _, err := fmt.Sscan(line, &n, &id); err != nil {
-			t.Fatal(err)
-		}
-		acks[n] = id
-	}
-}
-
-// checkAfterCrash opens the repository as any reader would. Every acknowledged
-// point must be there, and every point that is there must be whole and right.
-func checkAfterCrash(t *testing.T, location string, acks map[int]string) {
-	t.Helper()
-	r, err := testOpen(t.Context(), location)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = r.Close() }()
-	names, err := r.Points(t.Context(), "a")
-	if err != nil {
-		t.Fatal(err)
-	}
-	seen := map[int]string{}
-	for i, name := range names {
-		p, err := r.Point(t.Context(), name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		n, err := strconv.Atoi(p.Disks[0].ChangeID)
-		if err != nil || n != i+1 {
-			t.Fatalf("point %d has change ID %q", i, p.Disks[0].ChangeID)
-		}
-		seen[n] = p.ID
-		wantClean(t, r, p)
-		if i >= len(names)-2 {
-			wantDisk(t, r, p, crashImage(n))
-		}
-	}
-	for n, id := range acks {
-		if seen[n] != id {
-			t.Errorf("point %d (%s) was acknowledged and is lost; there are %v", n, id, seen)
-		}
-	}
-}
-
-// killShards is how many children run at once.
-const killShards = 3
-
-// killedEverywhere kills a child that makes two points at every moment at which it changes what is
-// stored, each time in a new repository.
-// everyMomentEnv asks for kills at every moment ("make crash"). Without it they are at a fifth of them, others
+// everyMomentEnv asks for kills at every moment ("make crash"). Without it they are at a few, others
 // in each run: starting a process for each takes minutes.
 const everyMomentEnv = "TIDEMARK_TEST_EVERY_MOMENT"
-
-// momentsOf returns the moments, of 1 to n, at which a shard is to be killed.
-func momentsOf(t *testing.T, n, shard int64) (out []int64) {
-	step := int64(killShards)
-	if os.Getenv(everyMomentEnv) == "" {
-		step *= 5
-		shard += killShards * rand.Int64N(5)
-	}
-	for at := 1 + shard; at <= n; at += step {
-		out = append(out, at)
-	}
-	t.Logf("killed at %d of %d moments, from %d", len(out), n, 1+shard)
-	return out
-}
-
-func killedEverywhere(t *testing.T, init func(t *testing.T) (location string)) {
-	dry := init(t)
-	acks := map[int]string{}
-	o := faultblob.Run(t, 0, "backup", dry)
-	acked(t, acks, o)
-	if len(acks) != 2 || o.Moments < 30 {
-		t.Fatalf("dry run: %d points, %d moments", len(acks), o.Moments)
-	}
-	checkAfterCrash(t, dry, acks)
-	t.Logf("%d moments", o.Moments)
-	for shard := range int64(killShards) {
-		t.Run(fmt.Sprint(shard), func(t *testing.T) {
-			t.Parallel()
-			survived := 0
-			for i, at := range momentsOf(t, o.Moments, shard) {
-				location := init(t)
-				acks := map[int]string{}
-				o := faultblob.Run(t, at, "backup", location)
-				acked(t, acks, o)
-				if o.Killed == "" {
-					survived++ // uploads race: there may be fewer moments this time
-				}
-				checkAfterCrash(t, location, acks)
-				if i%4 == 0 { // the next run goes on where that one died
-					acked(t, acks, faultblob.Run(t, 0, "backup", location))
-					checkAfterCrash(t, location, acks)
-				}
-				if t.Failed() {
-					t.Fatalf("killed at %s", o.Killed)
-				}
-			}
-			if survived > 2 {
-				t.Errorf("%d children were not killed", survived)
-			}
-		})
-	}
-}
-
-func TestKilledAtEveryMoment(t *testing.T) {
-	t.Parallel()
-	killedEverywhere(t, initAt)
-}
-
-func TestKilledAtEveryMomentOnS3(t *testing.T) {
-	srv := s3test.Start(t)
-	var n atomic.Int64
-	killedEverywhere(t, func(t *testing.T) string {
-		return initOnServer(t, srv, fmt.Sprintf("r%d", n.Add(1)))
-	})
-}
 
 func initOnServer(t *testing.T, srv *s3test.Server, name string) string {
 	t.Helper()
@@ -250,18 +126,18 @@ func initOnServer(t *testing.T, srv *s3test.Server, name string) string {
 
 func TestKilledAtRandomMoments(t *testing.T) {
 	t.Parallel()
-	location := initAt(t)
-	all := map[int]string{}
+	s := newStage(t, operationOf("backup"))
+	location := s.repo.Location()
 	began := time.Now()
-	acked(t, all, faultblob.Run(t, 0, "backup", location))
+	said := faultblob.Run(t, 0, "operation", "backup", "", location).Said
 	whole := time.Since(began) // so long a run takes here, now
 	for i := range 12 {
-		acked(t, all, faultblob.RunFor(t, whole/20+rand.N(whole), "backup", location))
+		said = append(said, faultblob.RunFor(t, whole/20+rand.N(whole), "operation", "backup", "", location).Said...)
 		if i%3 == 2 {
-			checkAfterCrash(t, location, all)
+			s.check(t, location, said, false)
 		}
 	}
-	t.Logf("%d points acknowledged", len(all))
+	t.Logf("%d points acknowledged", len(said))
 }
 
 func initAt(t *testing.T) string {

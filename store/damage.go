@@ -138,6 +138,24 @@ func (r *Repo) damageObjects(ctx context.Context, prefix string) (map[PointName]
 	return found, nil
 }
 
+// dropStaleDamage is as damageObjects, and deletes the notes of points that are gone.
+func (r *Repo) dropStaleDamage(ctx context.Context, prefix string) (map[PointName]uint32, error) {
+	noted, err := r.damageObjects(ctx, prefix)
+	if err != nil {
+		return nil, err
+	}
+	for n := range noted {
+		there, err := r.exists(ctx, r.pointObject(n))
+		if err == nil && !there {
+			err = r.dropDamage(ctx, n, 0)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	return noted, nil
+}
+
 // Damages returns which of a VM's points are known to be damaged, by [Repo.Repair]. A note that is damaged
 // itself still says that its point is. It costs one listing, and one read for each.
 func (r *Repo) Damages(ctx context.Context, vm string) (map[PointName]Damage, error) {
@@ -232,7 +250,7 @@ func (r *Repo) dropDamage(ctx context.Context, n PointName, keep uint32) error {
 	})...)
 }
 
-// FindWhole is as Find, but "latest" and times pass over points that are known to be damaged. By the start of its
+// FindWhole is as Find, but "latest", "proven" and times pass over points that are known to be damaged. By the start of its
 // ID such a one is found all the same; damage is then what is lost of it. The error wraps ErrCorrupt if there are
 // damaged points only.
 func (r *Repo) FindWhole(ctx context.Context, ref string) (p *Point, damage *Damage, err error) {
@@ -252,7 +270,7 @@ func (r *Repo) FindWhole(ctx context.Context, ref string) (p *Point, damage *Dam
 		}
 		names = whole
 	}
-	n, err := pick(names, which)
+	n, err := r.choose(ctx, names, which)
 	if err != nil {
 		return nil, nil, fmt.Errorf("%s: %w", ref, err)
 	}

@@ -84,6 +84,9 @@ func (r *Repo) Forget(ctx context.Context, names []PointName, progress func(done
 		if err := r.dropDamage(ctx, n, 0); err != nil {
 			return forgotten, fmt.Errorf("forget what is known of the damage to %s: %w", n, err)
 		}
+		if err := r.dropChecks(ctx, n); err != nil {
+			return forgotten, fmt.Errorf("forget the checks of %s: %w", n, err)
+		}
 		forgotten = append(forgotten, n)
 	}
 	return forgotten, errors.Join(kept...)

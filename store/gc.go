@@ -8,6 +8,8 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/tidemark/tidemark/store/blob"
 )
 
@@ -160,7 +162,13 @@ func (c *collection) run(ctx context.Context) error {
 			return err
 		}
 	}
-	return cmp.Or(c.dropPartials(ctx), c.dropSessions(ctx))
+	return cmp.Or(c.dropPartials(ctx), c.dropNotes(ctx), c.dropSessions(ctx))
+}
+
+// dropNotes deletes what is noted of the damage to points that are gone: whoever forgot them was interrupted.
+func (c *collection) dropNotes(ctx context.Context) error {
+	_, err := c.repo.dropStaleDamage(ctx, damagePrefix)
+	return err
 }
 
 // dropPartials deletes checkpoints that no backup will go on from. A backup that is at one now does not need
@@ -172,11 +180,11 @@ func (c *collection) dropPartials(ctx context.Context) error {
 
 // look is a run that changes nothing.
 func (c *collection) look(ctx context.Context) error {
-	over, err := c.overSessions(ctx)
+	over, lost, err := c.overSessions(ctx)
 	if err != nil {
 		return err
 	}
-	for _, s := range over { // a run would delete them first
+	for _, s := range append(over, lost...) { // a run would delete them first, or give them up
 		c.m.pointless[s.name] = true
 	}
 	if err := c.list(ctx); err != nil {
@@ -256,39 +264,65 @@ func (c *collection) choose(ctx context.Context) ([]candidate, error) {
 	if _, err := c.mark(ctx); err != nil {
 		return nil, err
 	}
+	looks := make([]look, len(c.packs))
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(maxRequests)
+	for i, p := range c.packs {
+		if gctx.Err() != nil {
+			break
+		}
+		c.o.Progress("looking at packs", int64(i), int64(len(c.packs)))
+		g.Go(func() (err error) {
+			looks[i], err = c.lookAt(gctx, p)
+			return err
+		})
+	}
+	if err := cmp.Or(g.Wait(), ctx.Err()); err != nil {
+		return nil, err
+	}
 	var out []candidate
 	c.report.Garbage, c.report.Damaged = 0, nil
-	for i, p := range c.packs {
-		c.o.Progress("looking at packs", int64(i), int64(len(c.packs)))
-		live := c.m.of(p.Pack)
-		if p.Generation < c.newest[p.Pack] || live.count() == 0 {
-			c.report.Garbage += p.size
-			out = append(out, candidate{p, 0, p.size})
-			continue
+	for _, l := range looks {
+		c.report.Garbage += l.dead
+		if l.damaged != "" {
+			c.report.Damaged = append(c.report.Damaged, l.damaged)
 		}
-		x, err := c.r.loadGeneration(ctx, p.Pack, p.Generation)
-		if errors.Is(err, ErrNotFound) {
-			continue // another collection is at it
-		}
-		var s division
-		if err == nil {
-			if s, err = divide(p.Pack, x, live); err != nil && !c.locked {
-				continue
-			}
-		}
-		if errors.Is(err, ErrCorrupt) {
-			c.report.Damaged = append(c.report.Damaged, err.Error())
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		c.report.Garbage += s.dead
-		if s.dead > 0 && s.garbage() >= c.o.Garbage {
-			out = append(out, candidate{p, s.live, s.dead})
+		if l.chosen {
+			out = append(out, l.candidate)
 		}
 	}
 	return out, nil
+}
+
+// look is what was found out about a pack.
+type look struct {
+	candidate
+	chosen  bool
+	damaged string // why it is left alone
+}
+
+func (c *collection) lookAt(ctx context.Context, p packObjectInfo) (look, error) {
+	live := c.m.of(p.Pack)
+	if p.Generation < c.newest[p.Pack] || live.count() == 0 {
+		return look{candidate: candidate{p, 0, p.size}, chosen: true}, nil
+	}
+	x, err := c.r.loadGeneration(ctx, p.Pack, p.Generation)
+	if errors.Is(err, ErrNotFound) {
+		return look{}, nil // another collection is at it
+	}
+	var s division
+	if err == nil {
+		if s, err = divide(p.Pack, x, live); err != nil && !c.locked {
+			return look{}, nil
+		}
+	}
+	if errors.Is(err, ErrCorrupt) {
+		return look{damaged: err.Error()}, nil
+	}
+	if err != nil {
+		return look{}, err
+	}
+	return look{candidate: candidate{p, s.live, s.dead}, chosen: s.dead > 0 && s.garbage() >= c.o.Garbage}, nil
 }
 
 func (c *collection) mark(ctx context.Context) ([]*sessionState, error) {
@@ -406,11 +440,8 @@ func (c *collection) open(ctx context.Context, v *verdict) ([]string, error) {
 			continue
 		}
 		if s.isLost(c.now(), c.o.Patience) {
-			if err := c.repo.giveUp(ctx, s); err != nil {
+			if err := c.giveUp(ctx, s); err != nil {
 				return nil, err
-			}
-			if s.end.How == endGivenUp {
-				c.report.GivenUp = append(c.report.GivenUp, s.name)
 			}
 			continue
 		}
@@ -549,14 +580,19 @@ func (c *collection) sizeOf(ctx context.Context, p packAt) (int64, error) {
 	return info.Size, err
 }
 
-// dropSessions deletes what is over of sessions. Not while a document of a collection is in force: one that
+// dropSessions gives up the sessions that are surely lost, and deletes what is over of sessions. That not while a document of a collection is in force: one that
 // marks now may have missed the point of such a session, and must see the session.
 // What is deleted here had its point published before a document was looked for, so before one
 // that is made later.
 func (c *collection) dropSessions(ctx context.Context) error {
-	over, err := c.overSessions(ctx)
+	over, lost, err := c.overSessions(ctx)
 	if err != nil {
 		return err
+	}
+	for _, s := range lost {
+		if err := c.giveUp(ctx, s); err != nil {
+			return err
+		}
 	}
 	vs, err := c.repo.verdicts(ctx)
 	if err != nil {
@@ -575,21 +611,35 @@ func (c *collection) dropSessions(ctx context.Context) error {
 	return nil
 }
 
-// overSessions lists the sessions that protect nothing any more.
-func (c *collection) overSessions(ctx context.Context) ([]*sessionState, error) {
+// overSessions lists the sessions that protect nothing any more, and those that are open and need no patience
+// to be given up: what their parents' maps hold would stay for as long as nothing else is garbage.
+func (c *collection) overSessions(ctx context.Context) (over, lost []*sessionState, err error) {
 	sessions, err := c.repo.sessions(ctx)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	var over []*sessionState
 	for _, s := range sessions {
 		ok, err := s.isOver(ctx, c.now(), c.repo.exists)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
-		if ok {
+		switch {
+		case ok:
 			over = append(over, s)
+		case s.isOpen() && s.isLost(c.now(), 0):
+			lost = append(lost, s)
 		}
 	}
-	return over, nil
+	return over, lost, nil
+}
+
+// giveUp ends an open session, and reports it unless its writer was first.
+func (c *collection) giveUp(ctx context.Context, s *sessionState) error {
+	if err := c.repo.giveUp(ctx, s); err != nil {
+		return err
+	}
+	if s.end.How == endGivenUp {
+		c.report.GivenUp = append(c.report.GivenUp, s.name)
+	}
+	return nil
 }

@@ -209,16 +209,27 @@ func TestBackupThatWasGivenUpCannotCommit(t *testing.T) {
 
 func TestDeadProcessIsGivenUp(t *testing.T) {
 	r := testRepo(t)
+	forgotten := backup(t, r, DiskOptions{Size: 4 << 20}, write{0, noise(1, 3*k64)})
+	if _, err := r.Forget(t.Context(), []PointName{forgotten.Name()}, nil); err != nil {
+		t.Fatal(err)
+	}
 	p := thisProcess()
 	p.Start-- // another process of this PID, before
 	s := sessionDoc{VM: "a", Start: time.Now(), Deadline: time.Now().Add(time.Hour), Process: p}
 	if err := r.putDocument(t.Context(), "sessions/20260101T000000Z-0123456789abcdef", "session", s); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := r.GC(t.Context(), GCOptions{}); err != nil {
+	// A dry run says what a run does.
+	s.Roots = rootRefs(forgotten)
+	if err := r.putDocument(t.Context(), "sessions/20260101T000000Z-0123456789abcdee", "session", s); err != nil {
 		t.Fatal(err)
 	}
-	// Nothing was condemned, so nobody asked. With garbage it is asked.
+	if dry := gc(t, r, GCOptions{DryRun: true}); dry.Garbage == 0 {
+		t.Errorf("what only a dead backup's parent needs is not garbage: %+v", dry)
+	}
+	if rep := gc(t, r, GCOptions{}); len(rep.GivenUp) != 2 || rep.Deleted == 0 {
+		t.Errorf("%+v", rep)
+	}
 	w, err := r.Begin(t.Context(), "a")
 	if err != nil {
 		t.Fatal(err)
@@ -233,7 +244,7 @@ func TestDeadProcessIsGivenUp(t *testing.T) {
 	if err := errors.Join(w.data.flush(t.Context()), w.Abort()); err != nil {
 		t.Fatal(err)
 	}
-	if rep := gc(t, r, GCOptions{}); len(rep.GivenUp) != 1 || rep.Deleted == 0 {
+	if rep := gc(t, r, GCOptions{}); len(rep.GivenUp) != 0 || rep.Deleted == 0 {
 		t.Errorf("%+v", rep)
 	}
 	for _, other := range []process{{}, {Boot: "x", Namespace: p.Namespace, PID: 1 << 30}, {Boot: p.Boot, Namespace: "x", PID: 1 << 30}, thisProcess()} {

@@ -23,6 +23,9 @@ import (
 // of a fitting key: none was given, a wrong passphrase, a key that was removed.
 var ErrKey = errors.New("no fitting key")
 
+// ErrNotEncrypted is wrapped when a repository that must be encrypted says that it is not.
+var ErrNotEncrypted = errors.New("the repository says that it is not encrypted")
+
 // ErrWriterKey is wrapped when content is asked for with a key that can write and not read.
 var ErrWriterKey = errors.New("a writer's key, which can't read content")
 

@@ -55,12 +55,12 @@ type NewKey struct {
 	Public     PublicKey
 }
 
-var errNotEncrypted = fmt.Errorf("%w: the repository is not encrypted: it has no keys (a repository is encrypted when it is made, or never)", ErrInvalid)
+var errNoKeys = fmt.Errorf("%w: the repository is not encrypted: it has no keys (a repository is encrypted when it is made, or never)", ErrInvalid)
 
 // Keys lists the keys. It needs any key of the repository.
 func (r *Repo) Keys(ctx context.Context) (KeyList, error) {
 	if r.keys == nil {
-		return KeyList{}, errNotEncrypted
+		return KeyList{}, errNoKeys
 	}
 	if err := r.keys.refresh(ctx, r.blobs); err != nil {
 		return KeyList{}, err
@@ -227,11 +227,12 @@ func (r *Repo) RotateKeys(ctx context.Context) (uint32, error) {
 }
 
 // changeKeys puts a keys document with what change made of a copy of the newest one and of the ring,
-// and deletes the documents before it. That the new object is there is the change.
+// and deletes the documents before it. That the new object is there is the change. What an interrupted one
+// left is deleted first, whatever becomes of this one.
 func (r *Repo) changeKeys(ctx context.Context, change func(*ring, *keyDoc) error) error {
 	k := r.keys
 	if k == nil {
-		return errNotEncrypted
+		return errNoKeys
 	}
 	if err := k.refresh(ctx, r.blobs); err != nil {
 		return err
@@ -251,6 +252,11 @@ func (r *Repo) changeKeys(ctx context.Context, change func(*ring, *keyDoc) error
 		d = old.keyDoc
 		if d.Generation > s.newest.number {
 			return fmt.Errorf("%w: the exported keys are older than the last rotation", ErrKey)
+		}
+		// What a change left that was interrupted: made again, it may find nothing to do.
+		stale := slices.DeleteFunc(slices.Clone(docs), func(o listedDoc) bool { return o.number >= d.Number })
+		if err := r.deleteKeyDocs(ctx, stale); err != nil {
+			return err
 		}
 	case k.opener != nil || !errors.Is(err, ErrCorrupt):
 		return err
@@ -312,7 +318,7 @@ func (r *reader) deleteKeyDocs(ctx context.Context, docs []listedDoc) error {
 // rotation for what comes after. It needs a full key; the file is as secret as all content.
 func (r *Repo) ExportKeys(ctx context.Context) (*KeyFile, error) {
 	if r.keys == nil {
-		return nil, errNotEncrypted
+		return nil, errNoKeys
 	}
 	if err := r.keys.refresh(ctx, r.blobs); err != nil {
 		return nil, err
@@ -328,7 +334,7 @@ func (r *Repo) ExportKeys(ctx context.Context) (*KeyFile, error) {
 // It needs a full key.
 func (r *Repo) Trust(k *KeyFile) error {
 	if r.keys == nil {
-		return errNotEncrypted
+		return errNoKeys
 	}
 	anchor, ok := r.keys.anchor()
 	if !ok {

@@ -113,7 +113,9 @@ func TestConfigThatSaysNotEncryptedIsRefused(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(r.Location(), configName), doc, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	wantOpenError(t, r, ErrKey, WithKey(testPassphrase))
+	wantOpenError(t, r, ErrNotEncrypted, WithKey(testPassphrase))
+	ask := AskKey(func(context.Context) (Key, error) { return testPassphrase, nil })
+	wantOpenError(t, r, ErrNotEncrypted, ask, MustBeEncrypted())
 }
 
 func TestKnownPlaintextIsNowhere(t *testing.T) {

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"math/bits"
-	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -87,74 +86,125 @@ func (m *marks) of(id PackID) ordinals {
 	return nil
 }
 
-// marker marks all that roots lead to. A node that is marked has been walked, so
-// that subtrees which points share are read once.
+// Bounds of marking.
+const (
+	// nodesAtOnce is how many nodes are read with one call. Memory: what they refer to, 4 MiB for each
+	// level of a map.
+	nodesAtOnce = 1024
+	// pointsAtOnce is how many points are walked together: what lies on one level of their maps is asked for
+	// together.
+	pointsAtOnce = 64
+)
+
+// marker marks all that roots lead to. A node that is walked is not read again, so
+// that subtrees which points share are read once. Not for concurrent use.
 type marker struct {
 	*marks
-	r    *reader
-	seen map[string]struct{} // points that were marked, by object
+	walked *marks // nodes. A mark alone says nothing: a leaf may call somebody's node a grain
+	r      *reader
+	seen   map[string]struct{} // points that were marked, by object
 	// Sessions found to need nothing, see isPointless.
 	pointless map[string]bool
 	readOnly  bool
 	nodes     func(n int64) // told how many nodes were read; may be nil
-
-	mu   sync.Mutex
-	read int64
+	read      int64
 }
 
 func newMarker(r *reader) *marker {
-	return &marker{marks: newMarks(), r: r, seen: map[string]struct{}{}, pointless: map[string]bool{}}
+	m := &marker{r: r, pointless: map[string]bool{}}
+	m.forget()
+	return m
+}
+
+// forget begins anew with nothing marked.
+func (m *marker) forget() {
+	m.marks, m.walked, m.seen = newMarks(), newMarks(), map[string]struct{}{}
 }
 
 // roots marks all that is below roots. Any damage on the way is an error: it is not known what lies
 // below it.
 func (m *marker) roots(ctx context.Context, roots []rootRef) error {
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(2 * runtime.GOMAXPROCS(0))
+	var levels [maxLevel + 1][]Ref
 	for _, root := range roots {
-		if err := m.node(ctx, g, root.Ref, int(root.Level)); err != nil {
-			return errors.Join(err, g.Wait())
+		if int(root.Level) > maxLevel {
+			return recordError(root.Ref, fmt.Sprintf("a root of level %d", root.Level))
+		}
+		if err := inAnyPack(root.Ref); err != nil {
+			return err
+		}
+		levels[root.Level] = append(levels[root.Level], root.Ref)
+	}
+	for level, refs := range levels {
+		if err := m.walk(ctx, m.fresh(nil, refs), level); err != nil {
+			return err
 		}
 	}
-	return g.Wait()
+	return ctx.Err()
 }
 
-func (m *marker) node(ctx context.Context, g *errgroup.Group, ref Ref, level int) error {
-	if ref.IsZero() || !m.add(ref) {
-		return ctx.Err()
+// inAnyPack refuses what no pack can have: marks would take as much memory as a number that anybody wrote says.
+func inAnyPack(ref Ref) error {
+	if ref.Ord >= maxPackEntries {
+		return recordError(ref, fmt.Sprintf("no pack has more than %d", maxPackEntries))
 	}
-	// Not through the cache of nodes: each is read once.
-	n, err := m.r.loadNode(ctx, ref)
-	if err == nil && int(n.level) != level {
-		err = recordError(ref, fmt.Sprintf("a map node of level %d, not %d", n.level, level))
+	return nil
+}
+
+// fresh marks nodes and appends those to list that were not walked.
+func (m *marker) fresh(list, refs []Ref) []Ref {
+	for _, ref := range refs {
+		if !ref.IsZero() && m.walked.add(ref) {
+			m.add(ref)
+			list = append(list, ref)
+		}
 	}
-	if err != nil {
-		return err
-	}
-	m.count()
-	if level == 0 {
-		m.add(n.refs...)
-		return ctx.Err()
-	}
-	for _, c := range n.refs {
-		down := func() error { return m.node(ctx, g, c, level-1) }
-		if g.TryGo(down) {
+	return list
+}
+
+// walk marks what is below nodes of one level that fresh gave.
+func (m *marker) walk(ctx context.Context, refs []Ref, level int) error {
+	for part := range slices.Chunk(refs, nodesAtOnce) {
+		nodes, err := m.load(ctx, part, level)
+		if err != nil {
+			return err
+		}
+		if level == 0 {
+			for _, n := range nodes {
+				m.add(n.refs...)
+			}
 			continue
 		}
-		if err := down(); err != nil {
+		var below []Ref
+		for _, n := range nodes {
+			below = m.fresh(below, n.refs)
+		}
+		if err := m.walk(ctx, below, level-1); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (m *marker) count() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.read++
+// load reads nodes with few requests; not through the cache of nodes: each is read once.
+func (m *marker) load(ctx context.Context, refs []Ref, level int) ([]*node, error) {
+	nodes, errs := m.r.readNodes(ctx, refs)
+	for i, n := range nodes {
+		err := errs[i]
+		if err == nil && int(n.level) != level {
+			err = recordError(refs[i], fmt.Sprintf("a map node of level %d, not %d", n.level, level))
+		}
+		for k := 0; err == nil && k < len(n.refs); k++ {
+			err = inAnyPack(n.refs[k])
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	m.read += int64(len(nodes))
 	if m.nodes != nil {
 		m.nodes(m.read)
 	}
+	return nodes, ctx.Err()
 }
 
 // live marks from all points, checkpoints and then from all sessions, in this order: a point that was
@@ -170,34 +220,21 @@ func (m *marker) live(ctx context.Context, r *Repo) ([]*sessionState, error) {
 		if err == nil || !gone || try == 20 {
 			return sessions, err
 		}
-		m.marks, m.seen = newMarks(), map[string]struct{}{}
+		m.forget()
 	}
 }
 
 // liveOnce tells, with an error, whether what could not be walked is gone.
 func (m *marker) liveOnce(ctx context.Context, r *Repo) (_ []*sessionState, gone bool, _ error) {
-	unknown := func(what string, err error) error {
-		return fmt.Errorf("%s: what it needs can't be told, so nothing is deleted: %w", what, err)
-	}
 	names, err := r.allPoints(ctx)
 	if err != nil {
 		return nil, false, err
 	}
-	for _, n := range names {
-		if _, ok := m.seen[r.pointObject(n)]; ok {
-			continue
+	names = slices.DeleteFunc(names, func(n PointName) bool { _, ok := m.seen[r.pointObject(n)]; return ok })
+	for some := range slices.Chunk(names, pointsAtOnce) {
+		if gone, err := m.points(ctx, r, some); err != nil {
+			return nil, gone, err
 		}
-		p, err := r.Point(ctx, n)
-		if errors.Is(err, ErrNotFound) {
-			continue // deleted since
-		}
-		if err == nil {
-			err = m.roots(ctx, rootRefs(p))
-		}
-		if err != nil {
-			return nil, r.isDeleted(ctx, r.pointObject(n)), unknown(n.String(), err)
-		}
-		m.seen[r.pointObject(n)] = struct{}{}
 	}
 	partials, err := r.partials(ctx)
 	if err != nil {
@@ -209,7 +246,7 @@ func (m *marker) liveOnce(ctx context.Context, r *Repo) (_ []*sessionState, gone
 		}
 		if err := m.roots(ctx, p.roots()); err != nil {
 			m.pointless[p.object] = true
-			return nil, ctx.Err() == nil, unknown(p.object, err)
+			return nil, ctx.Err() == nil, unknownNeeds(p.object, err)
 		}
 	}
 	sessions, err := r.sessions(ctx)
@@ -221,10 +258,67 @@ func (m *marker) liveOnce(ctx context.Context, r *Repo) (_ []*sessionState, gone
 			continue
 		}
 		if err := m.roots(ctx, s.roots()); err != nil {
-			return nil, m.isPointless(ctx, r, s), unknown(s.name, err)
+			return nil, m.isPointless(ctx, r, s), unknownNeeds(s.name, err)
 		}
 	}
 	return sessions, false, nil
+}
+
+// unknownNeeds is what ends a collection: what somebody needs is not known.
+func unknownNeeds(what string, err error) error {
+	return fmt.Errorf("%s: what it needs can't be told, so nothing is deleted: %w", what, err)
+}
+
+// points marks all that is below points that still exist. It tells, with an error, whether a point is gone that
+// can't be followed.
+func (m *marker) points(ctx context.Context, r *Repo, names []PointName) (gone bool, _ error) {
+	roots := make([][]rootRef, len(names)) // nil: it is gone
+	errs := make([]error, len(names))
+	var g errgroup.Group
+	g.SetLimit(maxRequests)
+	for i, n := range names {
+		g.Go(func() error {
+			p, err := r.Point(ctx, n)
+			if err == nil {
+				roots[i] = append([]rootRef{}, rootRefs(p)...)
+			} else if !errors.Is(err, ErrNotFound) { // else it was deleted since
+				errs[i] = err
+			}
+			return nil
+		})
+	}
+	_ = g.Wait() // errors are in errs
+	for i, err := range errs {
+		if err != nil {
+			return r.isDeleted(ctx, r.pointObject(names[i])), unknownNeeds(names[i].String(), err)
+		}
+	}
+	if err := m.roots(ctx, slices.Concat(roots...)); err != nil {
+		return m.blame(ctx, r, names, roots, err)
+	}
+	for i, n := range names {
+		if roots[i] != nil {
+			m.seen[r.pointObject(n)] = struct{}{}
+		}
+	}
+	return false, nil
+}
+
+// blame finds the point whose map can't be followed, since err says only where. One that is deleted is enough: all may
+// be well then.
+func (m *marker) blame(ctx context.Context, r *Repo, names []PointName, roots [][]rootRef, err error) (gone bool, _ error) {
+	for _, n := range names {
+		if r.isDeleted(ctx, r.pointObject(n)) {
+			return true, unknownNeeds(n.String(), err)
+		}
+	}
+	again := newMarker(m.r) // of all before the one, which can be followed: what they share is read once
+	for i, n := range names {
+		if err := again.roots(ctx, roots[i]); err != nil {
+			return r.isDeleted(ctx, r.pointObject(n)), unknownNeeds(n.String(), err)
+		}
+	}
+	return false, unknownNeeds("points", err) // what failed once did not fail again
 }
 
 // isPointless tells whether a session turns out to need nothing: it is deleted, or its

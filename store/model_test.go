@@ -2,6 +2,7 @@ package store
 
 import (
 	"bytes"
+	"math"
 	"os"
 	"slices"
 	"testing"
@@ -51,7 +52,9 @@ func TestModel(t *testing.T) {
 			}
 			checkImage(rt, t, r, p, images[i], grain)
 			for k, old := range points {
-				checkDiff(rt, t, r, p, old, images[i], images[k], grain)
+				from := rapid.Int64Range(-1, int64(len(images[i])/grain)+1).Draw(rt, "diff from")
+				checkDiff(rt, t, r, p, old, images[i], images[k], grain, from, from+rapid.Int64Range(0, 1000).Draw(rt, "diff length"))
+				checkDiff(rt, t, r, p, old, images[i], images[k], grain, 0, math.MaxInt64)
 			}
 		}
 		// Older points are not needed by newer ones.
@@ -178,7 +181,7 @@ func checkImage(rt *rapid.T, t *testing.T, r *Repo, p *Point, image []byte, grai
 
 func allZero(p []byte) bool { return len(bytes.Trim(p, "\x00")) == 0 }
 
-func checkDiff(rt *rapid.T, t *testing.T, r *Repo, p, old *Point, now, was []byte, grain int) {
+func checkDiff(rt *rapid.T, t *testing.T, r *Repo, p, old *Point, now, was []byte, grain int, from, to int64) {
 	m, err := r.Map(p.Disks[0].Root)
 	if err != nil {
 		rt.Fatal(err)
@@ -189,11 +192,11 @@ func checkDiff(rt *rapid.T, t *testing.T, r *Repo, p, old *Point, now, was []byt
 	}
 	differs := map[int64]bool{}
 	at := int64(0)
-	for run, err := range m.Diff(t.Context(), o) {
+	for run, err := range m.Diff(t.Context(), o, from, to) {
 		if err != nil {
 			rt.Fatal(err)
 		}
-		if run.From < at || run.To <= run.From || run.To > m.Grains() {
+		if run.From < max(at, from) || run.To <= run.From || run.To > min(m.Grains(), to) {
 			rt.Fatalf("diff run %+v after %d", run, at)
 		}
 		at = run.To
@@ -204,7 +207,7 @@ func checkDiff(rt *rapid.T, t *testing.T, r *Repo, p, old *Point, now, was []byt
 			}
 		}
 	}
-	for g := range m.Grains() {
+	for g := max(from, 0); g < min(m.Grains(), to); g++ {
 		want := !bytes.Equal(pad(cut(now, int(g), grain), grain), pad(cut(was, int(g), grain), grain))
 		if differs[g] != want {
 			rt.Fatalf("diff of grain %d: %v, want %v", g, differs[g], want)

@@ -14,11 +14,17 @@ type options struct {
 	key Key
 	ask func(context.Context) (Key, error)
 	new *NewKey // of a new repository
+
+	encrypted bool // it must be
 }
 
 // WithKey opens an encrypted repository with k. One that is not encrypted is refused then, with an error
-// that wraps ErrKey: else whoever can write to the storage could have what comes stored in the clear.
+// that wraps ErrNotEncrypted: else whoever can write to the storage could have what comes stored in the clear.
 func WithKey(k Key) Option { return func(o *options) { o.key = k } }
+
+// MustBeEncrypted refuses a repository that says that it is not encrypted, as WithKey does. It is for whoever has
+// the key asked for.
+func MustBeEncrypted() Option { return func(o *options) { o.encrypted = true } }
 
 // AskKey has ask called for a key if the repository is encrypted and none was given. Its errors are
 // returned as they are.
@@ -38,8 +44,11 @@ func collect(opts []Option) (o options) {
 // open returns the keys of the repository, or nil if it is not encrypted.
 func (o *options) open(ctx context.Context, b blob.Store, c config) (*keyring, error) {
 	if c.Encryption.Mode == encryptionNone {
-		if o.key != nil {
-			return nil, fmt.Errorf("%w: a key was given, and the repository is not encrypted. If it was made so, this is right: open it without a key. Else somebody changed its config", ErrKey)
+		switch {
+		case o.key != nil:
+			return nil, fmt.Errorf("a key was given, and %w", ErrNotEncrypted)
+		case o.encrypted:
+			return nil, fmt.Errorf("%w, and it must be", ErrNotEncrypted)
 		}
 		return nil, nil //nolint:nilnil // no keys
 	}

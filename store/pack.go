@@ -150,11 +150,12 @@ type packIndex struct {
 	generation uint32 // of the object that it is of
 	entries    []byte
 	seal       *packSeal // nil: not sealed
+	touches    touches
 }
 
 // cost is the memory of an index, roughly, in bytes.
 func (x *packIndex) cost() int64 {
-	n := int64(len(x.entries)) + 160
+	n := int64(len(x.entries)) + x.touches.cost() + 160
 	if x.seal != nil {
 		n += packSealCost
 	}

@@ -236,19 +236,14 @@ func FuzzPartial(f *testing.F) {
 	})
 }
 
-// resumeJob makes one point of crashImage(1), with a checkpoint after every fifth write.
-func resumeJob(ctx context.Context, l *faultblob.Layer, say func(string), args []string) error {
-	r, err := crashRepo(ctx, l, args[0])
-	if err != nil {
-		return err
-	}
-	w, err := r.Begin(ctx, "a")
+// doCheckpoints makes one point of crashImage(1), with a checkpoint after every fifth write.
+func doCheckpoints(ctx context.Context, a *actor) error {
+	w, err := a.repo.Begin(ctx, "a")
 	if err != nil {
 		return err
 	}
 	defer func() { _ = w.Abort() }()
 	if w.Parent() != nil {
-		say("1 " + w.Parent().ID)
 		return nil
 	}
 	p, why, err := w.Unfinished(ctx)
@@ -285,49 +280,30 @@ func resumeJob(ctx context.Context, l *faultblob.Layer, say func(string), args [
 	if err != nil {
 		return err
 	}
-	say("1 " + done.ID)
+	a.say("point " + done.ID)
 	return nil
 }
 
-// Killed at every moment, and taken up: the point is whole.
-func TestResumedAfterKillAtEveryMoment(t *testing.T) {
+// Always killed at the same moment, long before the end, a backup comes farther each time.
+func TestKilledAgainAndAgain(t *testing.T) {
 	t.Parallel()
-	dry := initAt(t)
-	o := faultblob.Run(t, 0, "resume", dry)
-	acks := map[int]string{}
-	if acked(t, acks, o); len(acks) != 1 || o.Moments < 40 {
-		t.Fatalf("dry run: %v, %d moments", acks, o.Moments)
+	s := newStage(t, operationOf("backup with checkpoints"))
+	run := func(at int64, location string) faultblob.Outcome {
+		return faultblob.Run(t, at, "operation", s.op.name, "", location)
 	}
-	for shard := range int64(killShards) {
-		t.Run(fmt.Sprint(shard), func(t *testing.T) {
-			t.Parallel()
-			for _, at := range momentsOf(t, o.Moments, shard) {
-				location, acks := initAt(t), map[int]string{}
-				died := faultblob.Run(t, at, "resume", location)
-				acked(t, acks, died)
-				acked(t, acks, faultblob.Run(t, 0, "resume", location))
-				if len(acks) != 1 {
-					t.Fatalf("killed at %s: %v", died.Killed, acks)
-				}
-				if checkAfterCrash(t, location, acks); t.Failed() {
-					t.Fatalf("killed at %s", died.Killed)
-				}
-			}
-		})
-	}
-	t.Run("farther each time", func(t *testing.T) {
-		t.Parallel()
-		// Always killed at the same moment, long before the end.
-		location, acks := initAt(t), map[int]string{}
-		for runs := 0; len(acks) == 0; runs++ {
-			if runs > 20 {
-				t.Fatal("it comes to no end")
-			}
-			acked(t, acks, faultblob.Run(t, o.Moments/2, "resume", location))
+	half := run(0, initAt(t)).Moments / 2
+	location := s.repo.Location()
+	var said []string
+	for runs := 0; len(said) == 0; runs++ {
+		if runs > 20 {
+			t.Fatal("it comes to no end")
 		}
-		acked(t, acks, faultblob.Run(t, 0, "resume", location)) // the last one may have died after its end
-		checkAfterCrash(t, location, acks)
-	})
+		said = run(half, location).Said
+	}
+	s.check(t, location, append(said, run(0, location).Said...), true)
+	if n := len(allNames(t, s.repo)); n != 1 {
+		t.Errorf("%d points", n)
+	}
 }
 
 func TestCheckpointOfAnEncryptedRepository(t *testing.T) {

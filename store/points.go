@@ -76,6 +76,7 @@ func (r *Repo) Point(ctx context.Context, n PointName) (*Point, error) {
 // Find returns the point that a user means by
 //
 //	NAME or NAME@latest    the newest
+//	NAME@proven            the newest whose last check says that it boots, see [Check]
 //	NAME@ID                the one whose ID begins so
 //	NAME@TIME              the newest at or before TIME, which is RFC 3339 or as
 //	                       2006-01-02T15-04-05Z; without a fraction it means the
@@ -96,11 +97,19 @@ func (r *Repo) FindName(ctx context.Context, ref string) (PointName, error) {
 	if err != nil {
 		return PointName{}, err
 	}
-	n, err := pick(names, which)
+	n, err := r.choose(ctx, names, which)
 	if err != nil {
 		return PointName{}, fmt.Errorf("%s: %w", ref, err)
 	}
 	return n, nil
+}
+
+// choose chooses from names, which are ascending and not empty.
+func (r *Repo) choose(ctx context.Context, names []PointName, which string) (PointName, error) {
+	if which == provenWord {
+		return r.proven(ctx, names)
+	}
+	return pick(names, which)
 }
 
 // candidates returns the points of the VM that ref names, at least one, and which of them it means.
@@ -157,7 +166,7 @@ func pick(names []PointName, which string) (PointName, error) {
 	return names[i-1], nil
 }
 
-var errUserTime = errors.New("neither latest, nor an ID, nor a time as 2006-01-02T15:04:05Z")
+var errUserTime = errors.New("neither latest, nor proven, nor an ID, nor a time as 2006-01-02T15:04:05Z")
 
 func parseUserTime(s string) (time.Time, error) {
 	for _, layout := range []string{time.RFC3339Nano, "2006-01-02T15-04-05Z"} {

@@ -153,7 +153,7 @@ func (r *reader) loadGeneration(ctx context.Context, id PackID, generation uint3
 	case err != nil:
 		return nil, &CorruptError{name, err.Error()}
 	}
-	x.pack, x.generation = id, generation
+	x.pack, x.generation, x.touches = id, generation, newTouches(f.indexOff)
 	return x, nil
 }
 
@@ -264,6 +264,9 @@ func (r *reader) readEntry(ctx context.Context, x *packIndex, ref Ref, e packEnt
 	if err := r.readFull(ctx, packObject(ref.Pack, x.generation), stored, int64(e.off)); err != nil {
 		clear(dst)
 		return err
+	}
+	if x.kind == kindData {
+		r.touched(ctx, x, e)
 	}
 	return r.decode(x, ref, e, stored, dst)
 }

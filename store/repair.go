@@ -191,19 +191,16 @@ func (c *repairing) tidy(ctx context.Context, names []PointName) error {
 			continue
 		}
 		seen[n.VM] = true
-		noted, err := c.repo.damageObjects(ctx, damagePrefix+c.repo.folder(n.VM)+"/")
+		look := c.repo.dropStaleDamage
+		if c.o.DryRun {
+			look = c.repo.damageObjects
+		}
+		noted, err := look(ctx, damagePrefix+c.repo.folder(n.VM)+"/")
 		if err != nil {
 			return err
 		}
 		for p := range noted {
 			c.noted[p] = true
-			if there, err := c.repo.exists(ctx, c.repo.pointObject(p)); err != nil {
-				return err
-			} else if !there && !c.o.DryRun {
-				if err := c.repo.dropDamage(ctx, p, 0); err != nil {
-					return err
-				}
-			}
 		}
 	}
 	return nil

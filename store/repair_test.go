@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"github.com/tidemark/tidemark/store/blob"
-	"github.com/tidemark/tidemark/store/blob/faultblob"
 )
 
 // backupOf is backup for any VM, without looking for content elsewhere.
@@ -60,6 +59,13 @@ func sickRepo(t testing.TB, r *Repo, twins bool) (points []*Point, images [][]by
 	}
 	backupOf(t, r, "b", sickSize, write{0, images[0]})
 	backupOf(t, r, "c", sickSize, write{0, images[1]})
+	twinNodes(t, r)
+	return points, images
+}
+
+// twinNodes puts each map node into another pack as well.
+func twinNodes(t testing.TB, r *Repo) {
+	t.Helper()
 	var nodes []PackID
 	for info, err := range r.blobs.List(t.Context(), packPrefix) {
 		if err != nil {
@@ -91,7 +97,6 @@ func sickRepo(t testing.TB, r *Repo, twins bool) (points []*Point, images [][]by
 			t.Fatal(err)
 		}
 	}
-	return points, images
 }
 
 // packsOf returns the packs that a point leads to, by kind.
@@ -551,168 +556,4 @@ func (f *failingReads) ReadAt(ctx context.Context, name string, p []byte, off in
 		}
 	}
 	return f.Store.ReadAt(ctx, name, p, off)
-}
-
-// sicken damages a repository so that a repair has to replace, to rebuild, to keep, and to note.
-func sicken(t testing.TB, r *Repo) (points []*Point, images [][]byte) {
-	t.Helper()
-	image := noise(50, 40*4096)
-	for range 2 {
-		points = append(points, backupOf(t, r, "a", int64(len(image)), write{0, image}))
-		images = append(images, slices.Clone(image))
-		copy(image[9*4096:], noise(51, 4096))
-	}
-	copies := backupOf(t, r, "b", int64(len(image)), write{0, images[0][:30*4096]})
-	points, images = append(points, copies), append(images, append(slices.Clone(images[0][:30*4096]), make([]byte, 10*4096)...))
-	m, err := r.Map(points[0].Disks[0].Root)
-	if err != nil {
-		t.Fatal(err)
-	}
-	refs := make([]Ref, m.Grains())
-	if err := m.Refs(t.Context(), 0, refs); err != nil {
-		t.Fatal(err)
-	}
-	seen := map[PackID]bool{}
-	for i, ref := range refs {
-		if seen[ref.Pack] {
-			continue
-		}
-		file := filepath.Join(r.Location(), packName(ref.Pack))
-		switch len(seen) {
-		case 0, 5:
-			e, err := r.locate(t.Context(), refs[i+1], kindData)
-			if err != nil {
-				t.Fatal(err)
-			}
-			flip(t, file, int(e.off)*8+77)
-		case 1, 4:
-			harm(t, r, ref.Pack, "footer")
-		case 2:
-			harm(t, r, ref.Pack, "removed")
-		}
-		seen[ref.Pack] = true
-	}
-	return points, images
-}
-
-func repairJob(ctx context.Context, l *faultblob.Layer, say func(string), args []string) error {
-	r, err := crashRepo(ctx, l, args[0])
-	if err != nil {
-		return err
-	}
-	names, err := r.allPoints(ctx)
-	if err != nil {
-		return err
-	}
-	_, err = r.Repair(ctx, names, RepairOptions{})
-	if err == nil {
-		say("done")
-	}
-	return err
-}
-
-// TestRepairKilledAtEveryMoment kills the process at each change that a repair makes to the storage. No grain that
-// could be read before or is healed by then is worse, and the next run comes to the same end.
-func TestRepairKilledAtEveryMoment(t *testing.T) {
-	t.Parallel()
-	base := testRepo(t)
-	base.dataPackLen, base.nodePackLen = 24<<10, 2<<10
-	points, images := sicken(t, base)
-	fork := func() string {
-		to := filepath.Join(t.TempDir(), "r")
-		if err := os.CopyFS(to, os.DirFS(base.Location())); err != nil {
-			t.Fatal(err)
-		}
-		return to
-	}
-	before := readable(t, base.Location(), points, images)
-	whole := fork()
-	dry := faultblob.Run(t, 0, "repair", whole)
-	after := readable(t, whole, points, images)
-	ours := func(s []string) (out []string) {
-		for _, n := range s {
-			if !strings.Contains(n, "sessions/") {
-				out = append(out, n)
-			}
-		}
-		return out
-	}
-	open := func(location string) *Repo {
-		r, err := testOpen(t.Context(), location)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return r
-	}
-	r := open(whole)
-	end := ours(objects(t, r))
-	_ = r.Close()
-	t.Logf("%d moments; readable grains: %d before, %d after", dry.Moments, count(before), count(after))
-	if len(dry.Said) != 1 || count(after) <= count(before)+10 || count(after) == len(after) {
-		t.Fatal("the repair does too little")
-	}
-	var moments []int64
-	for shard := range int64(killShards) {
-		moments = append(moments, momentsOf(t, dry.Moments, shard)...)
-	}
-	for _, at := range moments {
-		location := fork()
-		o := faultblob.Run(t, at, "repair", location)
-		now := readable(t, location, points, images)
-		for g := range now {
-			if before[g] && !now[g] {
-				t.Fatalf("killed at moment %d (%s): a grain is worse than before", at, o.Killed)
-			}
-		}
-		r := open(location)
-		repairAll(t, r, RepairOptions{})
-		if got := ours(objects(t, r)); !slices.Equal(got, end) {
-			t.Errorf("killed at moment %d (%s): then another end: %v, not %v", at, o.Killed, got, end)
-		}
-		_ = r.Close()
-		if !slices.Equal(readable(t, location, points, images), after) {
-			t.Fatalf("killed at moment %d (%s): the next repair heals less", at, o.Killed)
-		}
-		_ = os.RemoveAll(location)
-	}
-}
-
-// readable tells of each grain of the points whether it can be read; what is read must be right.
-func readable(t testing.TB, location string, points []*Point, images [][]byte) (out []bool) {
-	t.Helper()
-	r, err := testOpen(t.Context(), location)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = r.Close() }()
-	for i, p := range points {
-		m, err := r.Map(p.Disks[0].Root)
-		if err != nil {
-			t.Fatal(err)
-		}
-		buf := make([]byte, 4096)
-		for g := range m.Grains() {
-			ref, err := m.Lookup(t.Context(), g)
-			if err == nil {
-				err = r.ReadGrain(t.Context(), ref, buf)
-			}
-			if err != nil && !errors.Is(err, ErrCorrupt) {
-				t.Fatal(err)
-			}
-			if err == nil && !bytes.Equal(buf, images[i][g*4096:][:4096]) {
-				t.Fatalf("%s: grain %d is wrong", p.Name(), g)
-			}
-			out = append(out, err == nil)
-		}
-	}
-	return out
-}
-
-func count(b []bool) (n int) {
-	for _, x := range b {
-		if x {
-			n++
-		}
-	}
-	return n
 }

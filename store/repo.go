@@ -123,7 +123,8 @@ func clearPlace(ctx context.Context, b blob.Store) error {
 
 // Open opens a repository. The error wraps ErrNotRepository if there is none,
 // ErrVersion if it was made by a newer program, ErrCorrupt if its config is
-// damaged, ErrKey if it is encrypted and no fitting key was given.
+// damaged, ErrKey if it is encrypted and no fitting key was given, ErrNotEncrypted if it is not
+// and one was given or it must be.
 func Open(ctx context.Context, location string, opts ...Option) (*Repo, error) {
 	p, err := parseLocation(location)
 	if err != nil {

@@ -351,3 +351,58 @@ func TestSeveralRequestsAreOnTheirWay(t *testing.T) {
 		t.Errorf("at most %d requests were on their way, want %d", g.most, maxRequests)
 	}
 }
+
+// A difference is found by reading what leads to it, however large the disks are.
+func TestRequestsPerDiff(t *testing.T) {
+	r := testRepo(t)
+	const size = 1 << 40
+	var before []write
+	for i := range int64(500) { // data all over the disk: 500 leaves
+		before = append(before, write{i * (size / 500) &^ (k64 - 1), noise(uint64(i), k64)})
+	}
+	old := backup(t, r, DiskOptions{Size: size}, before...)
+	one := backup(t, r, DiskOptions{Size: size}, write{size / 3 &^ (k64 - 1), noise(1000, k64)})
+	many := backup(t, r, DiskOptions{Size: size}, func() (all []write) {
+		for i := range int64(100) {
+			all = append(all, write{before[i*5].off, noise(2000+uint64(i), k64)})
+		}
+		return all
+	}()...)
+	levels := int64(old.Disks[0].Root.Level) + 1
+	diff := func(now, then *Point, most int) (grains int, requests int64) {
+		r := reopen(t, r)
+		c := counting(r)
+		a, err := r.Map(now.Disks[0].Root)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := r.Map(then.Disks[0].Root)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for run, err := range a.Diff(t.Context(), b, 0, a.Grains()) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			if grains += int(run.To - run.From); grains >= most {
+				break
+			}
+		}
+		requests, bytes, _ := c.since()
+		_, _ = fmt.Fprintf(os.Stderr, "difference of %d grains, 1 TiB, %d levels: %d requests, %.1f KiB\n", grains, levels, requests, float64(bytes)/1024)
+		return grains, requests
+	}
+	// Two packs of nodes: end and header of each; and a node of each level and side.
+	if grains, requests := diff(one, old, 1<<30); grains != 1 || requests > 2*2+2*levels {
+		t.Errorf("one grain: %d found with %d requests", grains, requests)
+	}
+	if grains, requests := diff(many, old, 1<<30); grains != 101 || requests > 101 {
+		t.Errorf("101 grains: %d found with %d requests", grains, requests)
+	}
+	if grains, requests := diff(many, old, 1); grains != 1 || requests > 3*2+3*levels {
+		t.Errorf("the first of 101 grains: %d found with %d requests", grains, requests)
+	}
+	if grains, requests := diff(old, old, 1<<30); grains != 0 || requests != 0 {
+		t.Errorf("nothing: %d found with %d requests", grains, requests)
+	}
+}

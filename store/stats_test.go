@@ -1,6 +1,10 @@
 package store
 
-import "testing"
+import (
+	"os"
+	"path/filepath"
+	"testing"
+)
 
 func TestStatsSayWhoNeedsWhat(t *testing.T) {
 	r := testRepo(t)
@@ -48,5 +52,32 @@ func TestStatsSayWhoNeedsWhat(t *testing.T) {
 	clean, err := r.Stats(t.Context(), false, nil)
 	if err != nil || clean.Garbage != 0 || clean.Stored != after.Stored {
 		t.Errorf("collected: %+v, %v", clean, err)
+	}
+}
+
+// Between the two acts of a compaction the newest generation is what counts, and the older one is garbage.
+func TestStatsOfAPackBetweenGenerations(t *testing.T) {
+	r := testRepo(t)
+	r.dataPackLen = dataPackLen
+	p := backup(t, r, DiskOptions{Size: 40 * 4096, Grain: 4096}, write{0, noise(1, 40*4096)})
+	before, err := r.Stats(t.Context(), false, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ref, err := r.newMapLookup(t, p, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	old, err := os.Stat(filepath.Join(r.Location(), packName(ref.Pack)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	compactByHand(t, r, ref.Pack, 1, 2, func(ord uint32) bool { return ord >= 20 })
+	s, err := r.Stats(t.Context(), false, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.Garbage != old.Size() || s.Content != before.Content/2 || s.Packs != before.Packs+1 {
+		t.Errorf("garbage %d, content %d of %d, %d packs of %d", s.Garbage, s.Content, before.Content, s.Packs, before.Packs)
 	}
 }

@@ -74,3 +74,38 @@ func TestSampleIsDrawnByItsSeed(t *testing.T) {
 		t.Errorf("found by %d seeds of 40", found)
 	}
 }
+
+// What points share is read once, and damage of it is told of each of them; also of one whose document is damaged.
+func TestVerificationReadsWhatIsSharedOnce(t *testing.T) {
+	r := testRepo(t)
+	const grains = 64
+	first := backup(t, r, DiskOptions{Size: grains * 4096, Grain: 4096}, write{0, noise(1, grains*4096)})
+	second := backup(t, r, DiskOptions{Size: grains * 4096, Grain: 4096}, write{0, noise(2, 4*4096)})
+	verify := func(n PointName) VerifyReport {
+		t.Helper()
+		v, err := r.NewVerification()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := v.Point(t.Context(), first.Name(), nil); err != nil {
+			t.Fatal(err)
+		}
+		rep, err := v.Point(t.Context(), n, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return rep
+	}
+	if rep := verify(second.Name()); !rep.OK() || rep.Grains != grains || rep.Read != 4 || rep.Shared != grains-4 || rep.Bytes != 4*4096 {
+		t.Errorf("the second: %+v", rep)
+	}
+	damageGrain(t, r, first, 9)
+	r = reopen(t, r)
+	if rep := verify(second.Name()); len(rep.Problems) != 1 || rep.Problems[0].Off != 9*4096 || rep.Problems[0].Len != 4096 {
+		t.Errorf("the second with damage that it shares: %+v", rep)
+	}
+	flip(t, filepath.Join(r.Location(), r.pointObject(second.Name())), 900)
+	if rep := verify(second.Name()); len(rep.Problems) != 1 || rep.Problems[0].Object != r.pointObject(second.Name()) {
+		t.Errorf("its document is damaged: %+v", rep)
+	}
+}

@@ -7,6 +7,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/tidemark/tidemark/store/blob"
 )
 
@@ -71,6 +73,12 @@ func (r *Repo) beginAt(ctx context.Context, vm string, find func(*Writer, contex
 		}
 		w.locked = true
 	}
+	// Asked for at once: it hangs on nothing else.
+	var lost errgroup.Group
+	lost.Go(func() (err error) {
+		w.lost, err = r.lostRecords(ctx)
+		return err
+	})
 	for w.writing == nil { // again, if the parent was deleted before it was protected
 		w.parent, w.broken = nil, nil
 		err := find(w, ctx)
@@ -78,10 +86,11 @@ func (r *Repo) beginAt(ctx context.Context, vm string, find func(*Writer, contex
 			w.writing, err = r.beginSession(ctx, vm, w.parent)
 		}
 		if err != nil {
+			_ = lost.Wait() // what came first is told
 			return nil, errors.Join(fmt.Errorf("backup of %s: %w", vm, err), w.unlock())
 		}
 	}
-	if w.lost, err = r.lostRecords(ctx); err != nil {
+	if err := lost.Wait(); err != nil {
 		w.writing.abandon(ctx)
 		return nil, errors.Join(fmt.Errorf("backup of %s: list what is damaged: %w", vm, err), w.unlock())
 	}
@@ -152,9 +161,8 @@ func (w *Writer) setEnded() (was bool) {
 // point's time is moved after the newest point's if it is not later already. The result
 // is the published point.
 //
-// Order: data packs, node packs, the session's end, document. Maps are computed while the last data pack
-// is put; the last node packs are begun when all data packs are durable, the session's end when all packs
-// are, the document when that is. The error wraps ErrGivenUp if a garbage collection took the backup for
+// Order: packs, the session's end, document. Maps are computed while the last data pack
+// is put; the session's end is begun when all packs are durable, the document when that is. The error wraps ErrGivenUp if a garbage collection took the backup for
 // dead. After an error nothing is published, the Writer is broken, and the
 // caller must Abort it to release the lock.
 func (w *Writer) Commit(ctx context.Context, p Point) (*Point, error) {
@@ -183,6 +191,10 @@ func (w *Writer) commit(ctx context.Context, p Point) (*Point, error) {
 		return nil, err
 	}
 	if err := w.buildMaps(ctx, p.Disks); err != nil {
+		return nil, err
+	}
+	// Which of the last packs is durable first does not matter: what refers to them comes after both.
+	if err := w.nodes.send(ctx); err != nil {
 		return nil, err
 	}
 	if err := w.data.flush(ctx); err != nil {

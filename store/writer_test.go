@@ -98,7 +98,7 @@ func TestWriteBackToParentsContentIsNoChange(t *testing.T) {
 	wantDisk(t, r, p2, image)
 	m1, _ := r.Map(p1.Disks[0].Root)
 	m2, _ := r.Map(p2.Disks[0].Root)
-	for run, err := range m2.Diff(t.Context(), m1) {
+	for run, err := range m2.Diff(t.Context(), m1, 0, m2.Grains()) {
 		t.Errorf("diff %+v, %v", run, err)
 	}
 }

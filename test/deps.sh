@@ -9,7 +9,7 @@ want=
 for what in "$@"; do
   case $what in
     build) want="$want clang-14 llvm-14 libbpf-dev gcc libc6-dev git" ;;
-    run) want="$want qemu-system-x86 qemu-utils nbdkit libnbd-bin python3-libnbd nbd-client fio fuse3 busybox-static cpio kmod xz-utils dmsetup mdadm nvme-cli procps fdisk util-linux mount e2fsprogs xfsprogs btrfs-progs ntfs-3g dosfstools mtools attr acl" ;;
+    run) want="$want qemu-system-x86 qemu-utils nbdkit libnbd-bin python3-libnbd nbd-client openssl fio fuse3 busybox-static cpio kmod xz-utils dmsetup mdadm nvme-cli procps fdisk util-linux mount e2fsprogs xfsprogs btrfs-progs ntfs-3g dosfstools mtools attr acl" ;;
     model) want="$want spin gcc libc6-dev" ;;
     bench) want="$want restic borgbackup python3-pyfuse3" ;;
     *) echo "usage: $0 build|run|model|bench..." >&2; exit 2 ;;

@@ -29,12 +29,13 @@ const (
 	Failed  State = "failed"
 )
 
-// Backing says where the bytes of a disk are. Exactly one of NBD and Device is
+// Backing says where the bytes of a disk are. Exactly one of NBD, Device and File is
 // set. The hypervisor must have it for itself alone while the machine runs.
 type Backing struct {
 	NBD      string `json:"nbd,omitempty"`    // unix socket of an NBD server
 	Export   string `json:"export,omitempty"` // name of the NBD export, may be empty
 	Device   string `json:"device,omitempty"` // block device of the host
+	File     string `json:"file,omitempty"`   // raw image file of the host
 	ReadOnly bool   `json:"read_only,omitempty"`
 }
 

@@ -11,7 +11,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/tidemark/tidemark/agent"
-	"github.com/tidemark/tidemark/store"
 )
 
 func newAgent(g *globals) *cobra.Command {
@@ -65,11 +64,7 @@ least. What it finds is logged as an error, and counted in tidemark_audit_mismat
 			if err != nil {
 				return err
 			}
-			opts, err := g.keyOptions()
-			if err != nil {
-				return err
-			}
-			repo, err := store.Open(c.Context(), cfg.Repository, opts...)
+			repo, err := g.openAt(c.Context(), cfg.Repository)
 			if err != nil {
 				return err
 			}

@@ -82,12 +82,7 @@ point, or no tracking that goes on from it. A backup makes both again.`,
 			}
 			defer func() { err = errors.Join(err, audit.Repo.Close()) }()
 			bar := g.progress()
-			audit.Progress = func(p agent.Progress) {
-				if p.Done == 0 {
-					bar.begin = time.Now() // another disk
-				}
-				bar.bytes(p.Phase, p.Done, p.Total)
-			}
+			audit.Progress = func(p agent.Progress) { bar.bytes(p.Phase, p.Done, p.Total) }
 			r, err := audit.Run(c.Context())
 			bar.end()
 			if r.Point == "" {

@@ -86,6 +86,7 @@ find out what is missing.`,
 	c.Flags().StringVar(&to, "to", "", "the other repository")
 	c.Flags().StringVar(&other.keyFile, "to-key-file", "", "key file of the other repository")
 	c.Flags().StringVar(&other.passphraseFile, "to-passphrase-file", "", "file with the passphrase of the other repository")
+	c.Flags().BoolVar(&other.encrypted, "to-encrypted", false, "refuse the other repository if it says that it is not encrypted")
 	c.Flags().BoolVar(&all, "all", false, "all points of all VMs")
 	return c
 }
@@ -93,14 +94,7 @@ find out what is missing.`,
 // openOther opens a second repository by flags of its own: variables are for the first.
 func (g *globals) openOther(ctx context.Context, where string) (*store.Repo, error) {
 	if g.keyFile == "" && g.passphraseFile == "" {
-		return store.Open(ctx, where, store.AskKey(func(context.Context) (store.Key, error) {
-			p, err := ask("passphrase of " + where + ": ")
-			return store.Passphrase(p), err
-		}))
+		return g.openAsking(ctx, where, "passphrase of "+where+": ")
 	}
-	opts, err := g.keyOptions()
-	if err != nil {
-		return nil, err
-	}
-	return store.Open(ctx, where, opts...)
+	return g.openAt(ctx, where)
 }

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/tidemark/tidemark/cbt"
+	"github.com/tidemark/tidemark/restore"
 	"github.com/tidemark/tidemark/store"
 )
 
@@ -56,6 +57,8 @@ func diskEvidence(b *strings.Builder, d store.Disk) error {
 		line("verdict", "tracking was complete, if nobody else wrote while the host was down")
 	case d.Tracking.Mode == "tracked":
 		line("verdict", "tracking was complete: no write was missed")
+	case d.Tracking.Mode == restore.CommittedMode:
+		line("verdict", "all that was written to an overlay of the parent was read: nothing else can differ")
 	case d.Tracking.Mode == "compare":
 		line("verdict", "tracking could not be proven complete: the whole disk was compared")
 	default:

@@ -8,8 +8,11 @@ import (
 	"github.com/tidemark/tidemark/agent"
 	"github.com/tidemark/tidemark/bpf"
 	"github.com/tidemark/tidemark/cbt"
+	"github.com/tidemark/tidemark/nbd"
+	"github.com/tidemark/tidemark/nbd/kernel"
 	"github.com/tidemark/tidemark/restore"
 	"github.com/tidemark/tidemark/store"
+	"github.com/tidemark/tidemark/vm"
 )
 
 // Exit codes; `tidemark help exit-codes` says the same.
@@ -22,7 +25,8 @@ const (
 	exitCorrupt     = 5   // damage was found
 	exitUnrecorded  = 6   // an audit found a change that was not recorded
 	exitNoAudit     = 7   // there is nothing an audit could compare with
-	exitKey         = 8   // no key, or one that may not do this
+	exitKey         = 8   // no key, or one that may not do this; or no encryption
+	exitNotBooted   = 9   // a boot check did not see the VM come up
 	exitInterrupted = 130 // by a signal
 )
 
@@ -43,12 +47,15 @@ func exitCode(ctx context.Context, err error) int {
 		return exitUnrecorded // whatever else went wrong
 	case errors.As(err, &usage), errors.Is(err, agent.ErrQuiesceSyntax), errors.Is(err, agent.ErrConfig):
 		return exitUsage
-	case errors.Is(err, bpf.ErrPermission), errors.Is(err, bpf.ErrNoBTF), errors.Is(err, bpf.ErrOldKernel), errors.Is(err, bpf.ErrUntrackable), errors.Is(err, bpf.ErrNoFileHooks), errors.Is(err, errFormat), errors.Is(err, errNoQemuImg):
+	case errors.Is(err, bpf.ErrPermission), errors.Is(err, bpf.ErrNoBTF), errors.Is(err, bpf.ErrOldKernel), errors.Is(err, bpf.ErrUntrackable), errors.Is(err, bpf.ErrNoFileHooks), errors.Is(err, errFormat), errors.Is(err, errNoQemuImg), errors.Is(err, vm.ErrUnsupported),
+		errors.Is(err, kernel.ErrNoDriver), errors.Is(err, kernel.ErrPermission), errors.Is(err, kernel.ErrGeometry):
 		return exitUnsupported
-	case errors.Is(err, bpf.ErrBusy), errors.Is(err, store.ErrLocked), errors.Is(err, restore.ErrBusy):
+	case errors.Is(err, bpf.ErrBusy), errors.Is(err, store.ErrLocked), errors.Is(err, restore.ErrBusy), errors.Is(err, restore.ErrOverlayBusy), errors.Is(err, kernel.ErrBusy):
 		return exitBusy
-	case errors.Is(err, store.ErrKey), errors.Is(err, store.ErrWriterKey):
+	case errors.Is(err, store.ErrKey), errors.Is(err, store.ErrNotEncrypted), errors.Is(err, store.ErrWriterKey):
 		return exitKey
+	case errors.Is(err, errNotBooted):
+		return exitNotBooted
 	case errors.Is(err, store.ErrCorrupt), errors.Is(err, errProblems), errors.Is(err, restore.ErrReadBack):
 		return exitCorrupt
 	case ctx.Err() != nil && errors.Is(err, context.Canceled):
@@ -74,6 +81,10 @@ func message(err error) string {
 		{bpf.ErrUnusable, "what it tracks can be used and saved by the version that attached it alone. The next `tidemark track` or `tidemark backup` of this one attaches its own in its place, and compares each disk once; `tidemark untrack --all` removes it"},
 		{bpf.ErrNotAttached, "`tidemark track DEVICE` attaches it"},
 		{bpf.ErrBusy, "wait for the backup that is running, or see `tidemark status`"},
+		{kernel.ErrNoDriver, "`modprobe nbd` loads it, if this kernel has it; `tidemark export` serves the disk to QEMU, nbdcopy and others without it"},
+		{kernel.ErrPermission, "run it as root, or with sudo"},
+		{kernel.ErrBusy, "choose another --device, or give none; `tidemark detach` detaches it"},
+		{nbd.ErrNeedsTLS, "the kernel's client has none: let the server listen on a unix socket or a tunnel"},
 		{store.ErrPinned, "`tidemark unpin NAME@POINT` lets it be forgotten"},
 		{store.ErrGivenUp, "the next backup makes a new point; if backups take longer, give `tidemark gc --give-up` more time"},
 		{store.ErrLocked, "wait for what is running: a backup of this VM, or a garbage collection"},
@@ -81,6 +92,7 @@ func message(err error) string {
 		{errNoQemuImg, "install it (Debian: qemu-utils), or restore to a raw file"},
 		{restore.ErrReadBack, "the target does not keep what is written to it: don't use it"},
 		{store.ErrWriterKey, "this needs a full key: see --key-file and --passphrase-file. A writer's key can make backups, list points and `verify --quick`"},
+		{store.ErrNotEncrypted, "if it was encrypted once, somebody changed its config or put another repository there: store nothing in it, and find out who. If it was made without encryption, open it without a key; delete its line if a file of known ones is named above"},
 		{store.ErrKey, "give the passphrase ($TIDEMARK_PASSPHRASE, --passphrase-file) or a key file (--key-file); `tidemark repo key list` shows which keys there are"},
 		{agent.ErrPauseBudget, "give more with --pause-budget, or run it when the guest writes less"},
 		{agent.ErrInUse, "name what can pause it with --quiesce qmp=SOCKET, freeze=DIR or pid=PID; or accept a point that shows no single instant with --allow-inconsistent"},

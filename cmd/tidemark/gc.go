@@ -3,8 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"os"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -87,17 +85,4 @@ func printGC(c *cobra.Command, r store.GCReport) error {
 		_, _ = fmt.Fprintf(out, "DAMAGED, left alone: %s\n", s)
 	}
 	return err
-}
-
-// count draws progress of things that are counted; total 0 is not known.
-func (p *progress) count(what string, done, total int64) {
-	if !p.on || p.drawn && done != total && time.Since(p.last) < 50*time.Millisecond {
-		return
-	}
-	p.drawn, p.last = true, time.Now()
-	of := ""
-	if total > 0 {
-		of = fmt.Sprintf(" of %d", total)
-	}
-	fmt.Fprintf(os.Stderr, "\r\x1b[K%s: %d%s", what, done, of)
 }

@@ -16,20 +16,48 @@ import (
 // process's environment.
 const passphraseEnv = "TIDEMARK_PASSPHRASE"
 
-// keyOptions say how an encrypted repository is opened: what is given first of --key-file,
-// --passphrase-file and their variables, or a question on the terminal.
-func (g *globals) keyOptions() ([]store.Option, error) {
+// openAt opens the repository at where. If it is encrypted, its key is what is given first of --key-file,
+// --passphrase-file and their variables, or asked for on the terminal.
+func (g *globals) openAt(ctx context.Context, where string) (*store.Repo, error) {
 	key, err := g.key()
 	if err != nil {
 		return nil, err
 	}
-	if key != nil {
-		return []store.Option{store.WithKey(key)}, nil
+	if key == nil {
+		return g.openAsking(ctx, where, "passphrase of the repository: ")
 	}
-	return []store.Option{store.AskKey(func(context.Context) (store.Key, error) {
-		p, err := ask("passphrase of the repository: ")
+	return store.Open(ctx, where, store.WithKey(key))
+}
+
+// openAsking asks for the passphrase of an encrypted repository, and remembers that it is encrypted.
+func (g *globals) openAsking(ctx context.Context, where, prompt string) (*store.Repo, error) {
+	known, err := isKnownEncrypted(where)
+	if err != nil {
+		return nil, fmt.Errorf("which repositories are encrypted: %w", err)
+	}
+	opts := []store.Option{store.AskKey(func(context.Context) (store.Key, error) {
+		p, err := ask(prompt)
 		return store.Passphrase(p), err
-	})}, nil
+	})}
+	if known || g.encrypted {
+		opts = append(opts, store.MustBeEncrypted())
+	}
+	r, err := store.Open(ctx, where, opts...)
+	if known && errors.Is(err, store.ErrNotEncrypted) {
+		name, _ := knownEncrypted()
+		err = fmt.Errorf("%w: its passphrase was typed here before, as %s has it", err, name)
+	}
+	if err == nil && r.Encrypted() {
+		remember(where)
+	}
+	return r, err
+}
+
+// remember notes that a repository is encrypted. It goes without, too.
+func remember(where string) {
+	if err := rememberEncrypted(where); err != nil {
+		fmt.Fprintf(os.Stderr, "tidemark: WARNING: if this repository says one day that it is not encrypted, this host will not notice without --encrypted: %v\n", err)
+	}
 }
 
 // key is the key that was given, or nil.

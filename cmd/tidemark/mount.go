@@ -32,15 +32,21 @@ func newMount(g *globals) *cobra.Command {
 		Short: "Show every restore point as files",
 		Long: `Show every restore point of every VM as files, read-only:
 
-  DIR/NAME/2026-11-22T18-30-00Z/disk0.raw   the disk
-  DIR/NAME/2026-11-22T18-30-00Z/point.json  what is known of the point
-  DIR/NAME/2026-11-22T18-30-00Z/disk0.files/p1/  the guest's own files on partition 1
-  DIR/NAME/latest                           link to the newest that is not known to be damaged
+  DIR/NAME/latest                    link to the newest that is not known to be damaged
+  DIR/NAME/2026-11-22T18-30-00Z/     a point:
+    disk0.raw                        the disk
+    disk0.parts/p1.raw               a partition of it (GPT and MBR)
+    disk0.parts/partitions.json      where the partitions lie, and what is wrong with the table
+    disk0.files/p1/                  the guest's own files on a partition, as after a recovery
+    changes-since-previous.json      extents that differ from the point before
+    point.json                       what is known of the point
 
-New points appear by themselves. Works in the foreground until interrupted or unmounted;
+A plain user may mount too, with fusermount3 of the package fuse3. New points appear by themselves, and
+deleted ones vanish. Works in the foreground until interrupted or unmounted;
 --daemon returns when the files are there.`,
 		Example: `  tidemark mount /mnt/points -r /srv/backup --daemon
-  mount -o loop,ro,noload /mnt/points/web1/latest/disk0.raw /mnt/disk
+  mount -o loop,ro,noload /mnt/points/web1/latest/disk0.parts/p1.raw /mnt/disk
+  jq .disks[].changed /mnt/points/web1/latest/changes-since-previous.json
   fusermount3 -u /mnt/points`,
 		Args: args(1, 1),
 		RunE: func(c *cobra.Command, a []string) (err error) {

@@ -4,16 +4,12 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"os"
 	"strings"
 	"text/tabwriter"
 	"time"
 
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
-
-	"github.com/tidemark/tidemark/agent"
 )
 
 func printJSON(w io.Writer, v any) error {
@@ -64,47 +60,4 @@ func short(d time.Duration) string {
 		return d.Round(time.Millisecond).String()
 	}
 	return d.Round(10 * time.Millisecond).String()
-}
-
-// progress draws one line on a terminal, and nothing elsewhere.
-type progress struct {
-	begin time.Time
-	last  time.Time // drawn, by count
-	drawn bool
-	on    bool
-}
-
-func (g *globals) progress() *progress {
-	return &progress{begin: time.Now(), on: !g.quiet && !g.json && term.IsTerminal(int(os.Stderr.Fd()))}
-}
-
-func (p *progress) bytes(what string, done, total int64) {
-	if !p.on {
-		return
-	}
-	p.drawn = true
-	percent := 100.0
-	if total > 0 {
-		percent = 100 * float64(done) / float64(total)
-	}
-	rate := float64(done) / max(time.Since(p.begin).Seconds(), 0.001)
-	eta := ""
-	if left := total - done; left > 0 && rate > 0 && done > 0 {
-		eta = " ETA " + time.Duration(float64(left)/rate*1e9).Round(time.Second).String()
-	}
-	fmt.Fprintf(os.Stderr, "\r\x1b[K%s %5.1f%%  %s / %s  %s/s%s", what, percent, size(done), size(total), size(int64(rate)), eta)
-}
-
-func (p *progress) backup(a agent.Progress) {
-	if a.Done == 0 {
-		p.begin = time.Now() // a new round
-	}
-	p.bytes(fmt.Sprintf("round %d, %s", a.Round, a.Phase), a.Done, a.Total)
-}
-
-// end clears the line.
-func (p *progress) end() {
-	if p.drawn {
-		fmt.Fprint(os.Stderr, "\r\x1b[K")
-	}
 }

@@ -23,6 +23,9 @@ func newPoints(g *globals) *cobra.Command {
 programs were attached from when on, how many events they missed, what they counted
 beside the kernel's own statistics, and who wrote.
 
+BOOT is what the last "tidemark boot --verify" found: booted, failed or unknown. NAME@proven is the
+newest point that booted.
+
 DAMAGE is what "tidemark repair" found to be lost. "verify" looks whether there is more.`,
 		Example: `  tidemark points -r /srv/backup
   tidemark points web1 -r /srv/backup --json
@@ -43,10 +46,14 @@ DAMAGE is what "tidemark repair" found to be lost. "verify" looks whether there 
 			if err != nil {
 				return err
 			}
+			checks, err := checksOf(ctx, repo, points)
+			if err != nil {
+				return err
+			}
 			if g.json {
 				listed := make([]listedPoint, len(points))
 				for i, p := range points {
-					listed[i] = listedPoint{p, known[p.Name()]}
+					listed[i] = listedPoint{p, known[p.Name()], checks[p.Name()]}
 				}
 				return errors.Join(append(bad, printJSON(c.OutOrStdout(), listed))...)
 			}
@@ -56,7 +63,7 @@ DAMAGE is what "tidemark repair" found to be lost. "verify" looks whether there 
 				}
 				return errors.Join(bad...)
 			}
-			t := newTable(c.OutOrStdout(), "POINT", "TIME", "DISKS", "MODE", "CHANGED", "READ", "STORED", "PAUSED", "CONSISTENCY", "DAMAGE")
+			t := newTable(c.OutOrStdout(), "POINT", "TIME", "DISKS", "MODE", "CHANGED", "READ", "STORED", "PAUSED", "CONSISTENCY", "BOOT", "DAMAGE")
 			for _, p := range points {
 				s := agent.Sum(p)
 				var total int64
@@ -64,7 +71,7 @@ DAMAGE is what "tidemark repair" found to be lost. "verify" looks whether there 
 					total += d.Root.Size
 				}
 				t.row(p.VM+"@"+p.ID, clock(p.Time), fmt.Sprintf("%d × %s", len(p.Disks), size(total)), modes(p), size(s.Changed),
-					size(s.Read), size(s.Stored), short(p.Quiesce.Paused), string(p.Consistency), lostOf(known[p.Name()]))
+					size(s.Read), size(s.Stored), short(p.Quiesce.Paused), string(p.Consistency), verdictOf(checks[p.Name()]), lostOf(known[p.Name()]))
 			}
 			return errors.Join(append(bad, t.flush())...)
 		},
@@ -73,10 +80,37 @@ DAMAGE is what "tidemark repair" found to be lost. "verify" looks whether there 
 	return c
 }
 
-// listedPoint is a point with what is known to be lost of it.
+// listedPoint is a point with what is known of it.
 type listedPoint struct {
 	*store.Point
 	Damage *store.Damage `json:"damage,omitempty"`
+	Check  *store.Check  `json:"check,omitempty"` // the newest
+}
+
+func verdictOf(c *store.Check) string {
+	if c == nil {
+		return "-"
+	}
+	return c.Verdict
+}
+
+// checksOf returns the newest boot check of each point that has one.
+func checksOf(ctx context.Context, repo *store.Repo, points []*store.Point) (map[store.PointName]*store.Check, error) {
+	checks, asked := map[store.PointName]*store.Check{}, map[string]bool{}
+	for _, p := range points {
+		if asked[p.VM] {
+			continue
+		}
+		asked[p.VM] = true
+		of, err := repo.Checks(ctx, p.VM)
+		if err != nil {
+			return nil, err
+		}
+		for n, c := range of {
+			checks[n] = &c
+		}
+	}
+	return checks, nil
 }
 
 func lostOf(d *store.Damage) string {

@@ -22,11 +22,7 @@ func (g *globals) open(ctx context.Context) (*store.Repo, error) {
 	if err != nil {
 		return nil, err
 	}
-	opts, err := g.keyOptions()
-	if err != nil {
-		return nil, err
-	}
-	return store.Open(ctx, where, opts...)
+	return g.openAt(ctx, where)
 }
 
 // withRepo opens the repository for one command.
@@ -90,6 +86,8 @@ makes a copy of them.`,
 			}
 			var r *store.Repo
 			switch {
+			case g.encrypted:
+				err = usageError{errors.New("--encrypted is for a repository that is there: say --encrypt")}
 			case keyFile != "":
 				err = writeNew(keyFile, func() (b []byte, err error) {
 					r, b, err = initWithKeyFile(c.Context(), where)
@@ -138,7 +136,11 @@ func (g *globals) initWithPassphrase(ctx context.Context, where string) (*store.
 			return nil, err
 		}
 	}
-	return store.Init(ctx, where, store.Encrypt(store.NewKey{Role: store.FullKey, Passphrase: p}))
+	r, err := store.Init(ctx, where, store.Encrypt(store.NewKey{Role: store.FullKey, Passphrase: p}))
+	if err == nil && key == nil {
+		remember(where)
+	}
+	return r, err
 }
 
 // initWithKeyFile also returns the text of the file.

@@ -95,7 +95,7 @@ func (o *restoreOptions) run(c *cobra.Command, g *globals, ref string) (err erro
 		return err
 	}
 	defer func() { err = errors.Join(err, repo.Close()) }()
-	p, err := findBootable(ctx, cat, ref)
+	p, err := cat.FindBootable(ctx, ref)
 	if err != nil {
 		return err
 	}
@@ -172,15 +172,10 @@ func (o *restoreOptions) one(ctx context.Context, g *globals, cat *restore.Catal
 	if o.all {
 		name = p.Disks[i].Name + ": "
 	}
-	bar, back := g.progress(), g.progress()
+	bar := g.progress()
 	w := o.write
 	w.Progress = func(done, total int64) { bar.bytes(name+"restoring", done, total) }
-	w.ReadingBack = func(done, total int64) {
-		if !back.drawn {
-			back.begin = time.Now()
-		}
-		back.bytes(name+"reading back", done, total)
-	}
+	w.ReadingBack = func(done, total int64) { bar.bytes(name+"reading back", done, total) }
 	var r restore.WriteResult
 	if format == "raw" {
 		r, err = restore.WriteTo(ctx, d, target, w)
@@ -188,7 +183,6 @@ func (o *restoreOptions) one(ctx context.Context, g *globals, cat *restore.Catal
 		r, err = convert(ctx, d, format, target, w)
 	}
 	bar.end()
-	back.end()
 	if err != nil {
 		if errors.Is(err, os.ErrExist) && !w.Force {
 			err = fmt.Errorf("%w: --force replaces it", err)

@@ -16,15 +16,18 @@ type globals struct {
 	repo  string
 	json  bool
 	quiet bool
+	show  progressFlag
+	bar   *progress // see there
 	pins  string
 	state string // directory
 
 	keyFile        string
 	passphraseFile string
+	encrypted      bool // the repository must be
 }
 
 func newRoot() *cobra.Command {
-	g := &globals{}
+	g := &globals{show: progressAuto}
 	root := &cobra.Command{
 		Use:   "tidemark",
 		Short: "Incremental backups and instant standbys of VMs, by tracking every write with eBPF",
@@ -46,8 +49,11 @@ mounted, exported over NBD and booted at once.`,
 	f.StringVarP(&g.repo, "repo", "r", os.Getenv("TIDEMARK_REPO"), "repository: a directory, or s3:BUCKET/PREFIX or s3:https://HOST/BUCKET/PREFIX (default $TIDEMARK_REPO)")
 	f.StringVar(&g.keyFile, "key-file", "", "key file of an encrypted repository (default $TIDEMARK_KEY_FILE)")
 	f.StringVar(&g.passphraseFile, "passphrase-file", "", "file whose first line is the passphrase of an encrypted repository (default $TIDEMARK_PASSPHRASE_FILE; or $TIDEMARK_PASSPHRASE itself)")
+	f.BoolVar(&g.encrypted, "encrypted", false, "refuse the repository if it says that it is not encrypted, as is done where a key is given or its passphrase was typed here before")
 	f.BoolVar(&g.json, "json", false, "print JSON")
 	f.BoolVarP(&g.quiet, "quiet", "q", false, "print errors only")
+	f.Var(&g.show, "progress", "how a long command shows how far it is: auto (a line, on a terminal), json (a JSON object per line on stderr, at most one a second), none")
+	_ = root.RegisterFlagCompletionFunc("progress", cobra.FixedCompletions([]string{progressAuto, progressJSON, progressNone}, cobra.ShellCompDirectiveNoFileComp))
 	f.StringVar(&g.pins, "pin-dir", "", "directory in bpffs where the tracker is pinned")
 	_ = f.MarkHidden("pin-dir")
 	f.StringVar(&g.state, "state-dir", defaultStateDir, "directory where suspend saves the tracking")
@@ -64,11 +70,11 @@ mounted, exported over NBD and booted at once.`,
 			root.AddCommand(c)
 		}
 	}
-	add("backup", newInit(g), newRepo(g), newBackup(g), newAudit(g), newAgent(g))
-	add("use", newPoints(g), newMount(g), newExport(g), newRestore(g), newVerify(g))
+	add("backup", newInit(g), newRepo(g), newBackup(g), newCommit(g), newAudit(g), newAgent(g))
+	add("use", newPoints(g), newMount(g), newExport(g), newBoot(g), newAttach(g), newDetach(g), newRestore(g), newVerify(g))
 	add("repository", newForget(g), newPin(g), newUnpin(g), newGC(g), newRepair(g), newCopy(g), newStats(g))
 	add("host", newDoctor(g), newTrack(g), newUntrack(g), newSuspend(g), newStatus(g), newHeat(g))
-	root.AddCommand(newVersion(g), newWatchdog(), newExitCodes())
+	root.AddCommand(newVersion(g), newWatchdog(), newGuard(), newExitCodes())
 	return root
 }
 
@@ -131,7 +137,9 @@ func newExitCodes() *cobra.Command {
     5   damage was found in the repository
     6   ALARM: an audit found a change that the tracker had not recorded
     7   an audit had nothing to compare with: no point, or no tracking that goes on from it
-    8   the repository is encrypted, and no key was given that opens it or may do this
+    8   the repository is encrypted, and no key was given that opens it or may do this; or it
+        must be encrypted, and says that it is not
+    9   a boot check did not see the VM come up: it failed, or it could not be told
   130   interrupted by a signal`,
 	}
 }

@@ -47,6 +47,7 @@ func TestScripts(t *testing.T) {
 			return false, nil
 		},
 		Setup: func(e *testscript.Env) error {
+			e.Setenv("XDG_STATE_HOME", filepath.Join(e.WorkDir, "xdg"))
 			e.Setenv("PINS", fmt.Sprintf("/sys/fs/bpf/tidemark-script-%d-%s", os.Getpid(), filepath.Base(e.WorkDir)))
 			return nil
 		},

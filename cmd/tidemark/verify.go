@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -19,7 +18,7 @@ func newVerify(g *globals) *cobra.Command {
 		Use:   "verify [NAME[@POINT]] -r REPO",
 		Short: "Prove that restore points are whole",
 		Long: `Prove that restore points are whole: read every byte of them and check it against
-its hash. --quick checks that all that is needed is there, without reading the data;
+its hash. What several points share is read once. --quick checks that all that is needed is there, without reading the data;
 --sample also reads a part of the data, drawn by a seed that is printed and can be given again.`,
 		Example: `  tidemark verify -r /srv/backup
   tidemark verify web1@latest --quick -r /srv/backup
@@ -46,7 +45,19 @@ its hash. --quick checks that all that is needed is there, without reading the d
 					return err
 				}
 			}
-			points, err := pointsToVerify(c.Context(), repo, a)
+			points, err := namesOf(c.Context(), repo, a)
+			if err != nil {
+				return err
+			}
+			var v *store.Verification
+			switch {
+			case sampled:
+				v, err = repo.NewQuickVerification(&store.Sample{Part: percent / 100, Seed: seed})
+			case quick:
+				v, err = repo.NewQuickVerification(nil)
+			default:
+				v, err = repo.NewVerification()
+			}
 			if err != nil {
 				return err
 			}
@@ -54,14 +65,11 @@ its hash. --quick checks that all that is needed is there, without reading the d
 			problems := 0
 			for _, p := range points {
 				bar := g.progress()
-				draw := func(done, total int64) { bar.bytes(p.VM+"@"+p.ID, done, total) }
-				var r store.VerifyReport
-				if sampled {
-					r, err = repo.VerifySample(c.Context(), p, store.Sample{Part: percent / 100, Seed: seed}, draw)
-				} else {
-					r, err = repo.Verify(c.Context(), p, !quick, draw)
-				}
+				r, err := v.Point(c.Context(), p, func(done, total int64) { bar.bytes(p.VM+"@"+p.ID, done, total) })
 				bar.end()
+				if errors.Is(err, store.ErrNotFound) && len(points) > 1 {
+					continue // forgotten since it was listed
+				}
 				if err != nil {
 					return err
 				}
@@ -74,8 +82,16 @@ its hash. --quick checks that all that is needed is there, without reading the d
 				if len(r.Problems) > 0 {
 					state = "DAMAGED"
 				}
-				_, _ = fmt.Fprintf(c.OutOrStdout(), "%s@%s  %s  %d grains, %s read\n", p.VM, p.ID, state, r.Grains, size(r.Bytes))
+				shared := ""
+				if r.Shared > 0 {
+					shared = fmt.Sprintf(", %d shared with points before", r.Shared)
+				}
+				_, _ = fmt.Fprintf(c.OutOrStdout(), "%s@%s  %s  %d grains, %s read%s\n", p.VM, p.ID, state, r.Grains, size(r.Bytes), shared)
 				for _, x := range r.Problems {
+					if x.Disk == "" {
+						_, _ = fmt.Fprintf(c.OutOrStdout(), "  %s: %s\n", x.Object, x.What)
+						continue
+					}
 					_, _ = fmt.Fprintf(c.OutOrStdout(), "  %s: %s, bytes %d to %d: %s\n", x.Object, x.Disk, x.Off, x.Off+x.Len, x.What)
 				}
 			}
@@ -102,20 +118,4 @@ its hash. --quick checks that all that is needed is there, without reading the d
 	f.Float64Var(&percent, "sample", 0, "check the structure and read so many `PERCENT` of the data")
 	f.Uint64Var(&seed, "seed", 0, "draw the sample by this seed (default: a random one)")
 	return c
-}
-
-func pointsToVerify(ctx context.Context, repo *store.Repo, a []string) ([]*store.Point, error) {
-	names, err := namesOf(ctx, repo, a)
-	if err != nil {
-		return nil, err
-	}
-	var out []*store.Point
-	for _, n := range names {
-		p, err := repo.Point(ctx, n)
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, p)
-	}
-	return out, nil
 }

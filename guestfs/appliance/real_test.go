@@ -175,8 +175,8 @@ func fillTree(t *testing.T, dir string, n int, kind string) {
 	must(os.WriteFile(filepath.Join(dir, "large"), disktest.Content(5<<20+17, 3), 0o644))
 	if !posix {
 		at := time.Unix(1234567890, 0)
-		must(os.WriteFile(filepath.Join(dir, "ünï.txt"), []byte("x"), 0o644))
-		must(os.Chtimes(filepath.Join(dir, "ünï.txt"), at, at))
+		must(os.WriteFile(filepath.Join(dir, "ünï long name.txt"), []byte("x"), 0o644))
+		must(os.Chtimes(filepath.Join(dir, "ünï long name.txt"), at, at))
 		must(os.Chtimes(filepath.Join(dir, "large"), at, at))
 		return
 	}

@@ -2,6 +2,7 @@ package disktest
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -35,6 +36,8 @@ type Spec struct {
 	Grain  int      // bytes; 0 means store.DefaultGrain
 	Disks  [][]byte // content of disk0, disk1, ...
 	Config []byte
+
+	Consistency store.Consistency // empty means store.Crash
 }
 
 // Publish makes a point.
@@ -54,7 +57,7 @@ func Publish(t testing.TB, repo *store.Repo, s Spec) *store.Point {
 	if grain == 0 {
 		grain = store.DefaultGrain
 	}
-	p := store.Point{VM: s.VM, Time: s.Time, Consistency: store.Crash, Config: s.Config, Tool: "disktest"}
+	p := store.Point{VM: s.VM, Time: s.Time, Consistency: cmp.Or(s.Consistency, store.Crash), Config: s.Config, Tool: "disktest"}
 	for i, content := range s.Disks {
 		name := fmt.Sprintf("disk%d", i)
 		d, err := w.Disk(ctx, store.DiskOptions{Name: name, Source: "/dev/" + name, Size: int64(len(content)), Grain: grain})

@@ -70,7 +70,7 @@ func (m *model) work(ctx context.Context, seed uint64, hand int) {
 			m.objects[name] = o
 		}
 		m.mu.Unlock()
-		switch rnd.IntN(6) {
+		switch rnd.IntN(7) {
 		case 0, 1:
 			content := bytes.Repeat([]byte(fmt.Sprintf("%s by %d;", name, i)), 1+rnd.IntN(4000))
 			m.put(ctx, name, o, content)
@@ -82,6 +82,8 @@ func (m *model) work(ctx context.Context, seed uint64, hand int) {
 			m.list(ctx, fmt.Sprintf("h%d/", hand))
 		case 5:
 			m.delete(ctx, name, o)
+		case 6:
+			m.tail(ctx, name, o, rnd)
 		}
 	}
 }
@@ -173,6 +175,21 @@ func (m *model) read(ctx context.Context, name string, o *object, rnd *rand.Rand
 		}
 	}
 	m.t.Errorf("ReadAt(%s, %d bytes from %d of %d) = %d bytes, %v: never put there", name, len(p), off, info.Size, n, err)
+}
+
+func (m *model) tail(ctx context.Context, name string, o *object, rnd *rand.Rand) {
+	p := make([]byte, rnd.IntN(3000)+1)
+	n, size, err := blob.ReadTail(ctx, m.s, name, p)
+	if err != nil {
+		m.saw(name, o, nil, err)
+		return
+	}
+	for _, c := range o.contents {
+		if int64(len(c)) == size && bytes.Equal(p[:n], c[max(0, len(c)-len(p)):]) {
+			return
+		}
+	}
+	m.t.Errorf("ReadTail(%s, %d bytes) = %d bytes of %d: never put there", name, len(p), n, size)
 }
 
 func (m *model) list(ctx context.Context, prefix string) {

@@ -53,9 +53,11 @@ func child(jobs map[string]Job, text string) error {
 		return fmt.Errorf("no job %q", o.Job)
 	}
 	kill := KillAt(o.At)
-	l := New(func(ctx context.Context, e Event) error {
+	var l *Layer
+	l = New(func(ctx context.Context, e Event) error {
 		if e.N == o.At {
 			fmt.Println("at", e)
+			l.power.fail()
 		}
 		return kill(ctx, e)
 	})
@@ -65,6 +67,7 @@ func child(jobs map[string]Job, text string) error {
 		return err
 	}
 	fmt.Println("end", l.Count())
+	l.power.fail()
 	return nil
 }
 

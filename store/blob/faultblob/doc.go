@@ -3,9 +3,9 @@
 // Handler what does.
 //
 // Each operation of a Store has a moment before it (an error there means: nothing happened), one after
-// it (it happened, and the answer is lost), and Put, Get, ReadAt and List have one in the middle:
+// it (it happened, and the answer is lost), and Put, Get, ReadAt, ReadTail and List have one in the middle:
 // half of the bytes, or one entry, went through. Each system call by which a blob.Dir changes what is
-// stored is a moment too, if the Dir is watched.
+// stored is a moment too, if the Dir is watched, and so is each request of an S3 client (Requests).
 //
 // # Killing a program at every moment
 //
@@ -34,7 +34,8 @@
 // empty); over all runs they are met all the same.
 //
 // A process that is killed leaves what it gave to the kernel. What a power failure leaves is
-// less; see blob.Dir and its order of syncs for that.
+// less: with Lose, a child takes back, before it dies and also at its end, what it changed in a watched Dir's folders
+// and did not sync.
 //
 // # Failing, slow, torn, repeated, out of order
 //

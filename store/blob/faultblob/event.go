@@ -4,10 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 )
 
-// Op is what is done at a moment: a method of blob.Store or blob.Locker, or
-// one of the steps of blob.Dir ("step:" and the step's name).
+// Op is what is done at a moment: a method of blob.Store, blob.Locker or blob.TailReader,
+// one of the steps of blob.Dir ("step:" and the step's name), or a request ("request:" and its method).
 type Op string
 
 // Methods.
@@ -15,6 +16,7 @@ const (
 	Put      Op = "put"
 	Get      Op = "get"
 	ReadAt   Op = "read"
+	ReadTail Op = "readtail"
 	Stat     Op = "stat"
 	List     Op = "list"
 	ListDirs Op = "listdirs"
@@ -23,7 +25,10 @@ const (
 	Unlock   Op = "unlock"
 )
 
-const stepPrefix = "step:"
+const (
+	stepPrefix    = "step:"
+	requestPrefix = "request:"
+)
 
 // When says which moment of an operation it is. Steps of blob.Dir have but one, Before.
 type When string
@@ -40,7 +45,7 @@ type Event struct {
 	N    int64 // from 1, over all stores below the Layer
 	Op   Op
 	When When
-	Name string // of the object, the prefix or the lock; of a step, the absolute path
+	Name string // of the object, the prefix or the lock; of a step, the absolute path; of a request, the URL's path
 }
 
 // String implements fmt.Stringer.
@@ -51,10 +56,10 @@ func Changing(e Event) bool {
 	switch e.Op {
 	case Put, Delete:
 		return true
-	case Get, ReadAt, Stat, List, ListDirs, Lock, Unlock:
+	case Get, ReadAt, ReadTail, Stat, List, ListDirs, Lock, Unlock, requestPrefix + http.MethodGet, requestPrefix + http.MethodHead:
 		return false
 	}
-	return true // steps
+	return true // steps, other requests
 }
 
 // Handler is asked at each moment, by the goroutine that runs the operation, also concurrently. It may

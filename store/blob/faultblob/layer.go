@@ -17,6 +17,7 @@ type Layer struct {
 	handler Handler
 	only    func(Event) bool
 	n       atomic.Int64
+	power   *power // nil: it never fails
 
 	mu  sync.Mutex
 	log func(Event)
@@ -59,18 +60,38 @@ func (l *Layer) at(ctx context.Context, op Op, when When, name string) error {
 func (l *Layer) Watch(d *blob.Dir) {
 	d.Watch(func(s blob.Step) error {
 		err := l.at(context.Background(), Op(stepPrefix+s.Op), Before, s.Path)
-		if isRepeat(err) {
-			return nil
+		if err != nil && !isRepeat(err) {
+			return err
 		}
-		return err
+		if l.power != nil {
+			return l.power.step(d.Path(), s)
+		}
+		return nil
 	})
 }
 
-// Over returns s below the Layer. It is a blob.Locker if s is one. Closing it closes s.
+// Over returns s below the Layer. It is a blob.Locker and a blob.TailReader as far as s is. Closing it closes s.
 func (l *Layer) Over(s blob.Store) blob.Store {
 	f := &store{l, s}
-	if k, ok := s.(blob.Locker); ok {
-		return &lockingStore{f, k}
+	locker, locks := s.(blob.Locker)
+	tailer, tails := s.(blob.TailReader)
+	switch {
+	case locks && tails:
+		return struct {
+			*store
+			locking
+			tailing
+		}{f, locking{f, locker}, tailing{f, tailer}}
+	case locks:
+		return struct {
+			*store
+			locking
+		}{f, locking{f, locker}}
+	case tails:
+		return struct {
+			*store
+			tailing
+		}{f, tailing{f, tailer}}
 	}
 	return f
 }
@@ -81,8 +102,9 @@ type store struct {
 }
 
 var (
-	_ blob.Store  = (*store)(nil)
-	_ blob.Locker = (*lockingStore)(nil)
+	_ blob.Store      = (*store)(nil)
+	_ blob.Locker     = locking{}
+	_ blob.TailReader = tailing{}
 )
 
 // do runs an operation that may be repeated.
@@ -189,18 +211,22 @@ func (t *torn) Read(p []byte) (int, error) {
 func (t *torn) Close() error { return t.r.Close() }
 
 func (s *store) ReadAt(ctx context.Context, name string, p []byte, off int64) (int, error) {
-	if err := s.before(ctx, ReadAt, name); err != nil {
+	return s.read(ctx, ReadAt, name, p, func() (int, error) { return s.next.ReadAt(ctx, name, p, off) })
+}
+
+func (s *store) read(ctx context.Context, op Op, name string, p []byte, f func() (int, error)) (int, error) {
+	if err := s.before(ctx, op, name); err != nil {
 		return 0, err
 	}
-	n, err := s.next.ReadAt(ctx, name, p, off)
-	if merr := s.middle(ctx, ReadAt, name); merr != nil {
+	n, err := f()
+	if merr := s.middle(ctx, op, name); merr != nil {
 		// Half of it, and garbage where the caller must not look.
 		for i := n / 2; i < len(p); i++ {
 			p[i] = 0xa5
 		}
 		return n / 2, merr
 	}
-	if aerr := s.after(ctx, ReadAt, name); aerr != nil {
+	if aerr := s.after(ctx, op, name); aerr != nil {
 		return 0, aerr
 	}
 	return n, err
@@ -261,25 +287,41 @@ func (s *store) Delete(ctx context.Context, name string) error {
 
 func (s *store) Close() error { return s.next.Close() }
 
-type lockingStore struct {
-	*store
-	locks blob.Locker
+type tailing struct {
+	s    *store
+	next blob.TailReader
 }
 
-func (s *lockingStore) Lock(ctx context.Context, name string) (func() error, error) {
-	if err := s.before(ctx, Lock, name); err != nil {
+// ReadTail implements blob.TailReader.
+func (t tailing) ReadTail(ctx context.Context, name string, p []byte) (n int, size int64, err error) {
+	n, err = t.s.read(ctx, ReadTail, name, p, func() (n int, err error) {
+		n, size, err = t.next.ReadTail(ctx, name, p)
+		return n, err
+	})
+	return n, size, err
+}
+
+type locking struct {
+	s    *store
+	next blob.Locker
+}
+
+// Lock implements blob.Locker.
+func (k locking) Lock(ctx context.Context, name string) (func() error, error) {
+	if err := k.s.before(ctx, Lock, name); err != nil {
 		return nil, err
 	}
-	unlock, err := s.locks.Lock(ctx, name)
+	unlock, err := k.next.Lock(ctx, name)
 	if err != nil {
 		return nil, err
 	}
-	if err := s.after(ctx, Lock, name); err != nil {
+	if err := k.s.after(ctx, Lock, name); err != nil {
 		return nil, errors.Join(err, unlock())
 	}
 	return func() error {
 		// A lock that is not given back for good is no fault that storage has.
-		err := s.before(context.WithoutCancel(ctx), Unlock, name)
-		return errors.Join(unlock(), err, s.after(context.WithoutCancel(ctx), Unlock, name))
+		ctx := context.WithoutCancel(ctx)
+		err := k.s.before(ctx, Unlock, name)
+		return errors.Join(unlock(), err, k.s.after(ctx, Unlock, name))
 	}, nil
 }

@@ -3,7 +3,9 @@
 //
 // It prints, for the first, the middle and the last point, the requests, bytes and time of
 // opening it and of 4 KiB random reads; the metadata that each point and each changed
-// grain costs; and the peak memory of what writes and reads. It judges nothing.
+// grain costs; what garbage collection costs when every second point was forgotten; and the peak
+// memory of what writes, reads and collects. With -s3 the repository lies on an S3 server
+// (versitygw on this host), whose every answer takes a while. It judges nothing.
 package main
 
 import (
@@ -16,6 +18,8 @@ import (
 	"os/signal"
 	"syscall"
 	"time"
+
+	"github.com/tidemark/tidemark/store/blob/s3/s3test"
 )
 
 type options struct {
@@ -26,7 +30,8 @@ type options struct {
 	Changes  int // grains that each point after the first changes
 	Stored   int // incompressible bytes in each grain
 	Reads    int // per measurement
-	Tidemark string
+	S3       bool
+	location string // of the repository
 	phase    string
 	point    int
 }
@@ -47,7 +52,8 @@ func main() {
 	flag.IntVar(&o.Changes, "changes", 300, "random grains that each point changes")
 	flag.IntVar(&o.Stored, "stored", 512, "incompressible bytes in each grain; the rest are zeroes")
 	flag.IntVar(&o.Reads, "reads", 2000, "random reads per measurement")
-	flag.StringVar(&o.Tidemark, "tidemark", "bin/tidemark", "program whose gc is measured, if it has one")
+	flag.BoolVar(&o.S3, "s3", false, "keep the repository on an S3 server that keeps its objects in -dir")
+	flag.StringVar(&o.location, "location", "", "internal: the repository")
 	flag.StringVar(&o.phase, "phase", "", "internal: what this process is to do")
 	flag.IntVar(&o.point, "point", 0, "internal: which point")
 	flag.Parse()
@@ -68,6 +74,12 @@ func run(o options) error {
 	case "read":
 		r, err := readPoint(ctx, o)
 		return report(r, err)
+	case "forget":
+		r, err := forgetHalf(ctx, o)
+		return report(r, err)
+	case "gc":
+		r, err := collect(ctx, o)
+		return report(r, err)
 	}
 	if o.Dir == "" {
 		dir, err := os.MkdirTemp("", "scalebench-")
@@ -77,7 +89,34 @@ func run(o options) error {
 		defer func() { _ = os.RemoveAll(dir) }()
 		o.Dir = dir
 	}
+	o.location = o.Dir
+	if o.S3 {
+		stop, err := o.serve(ctx)
+		if err != nil {
+			return err
+		}
+		defer stop()
+	}
 	return bench(ctx, o)
+}
+
+// serve starts an S3 server, for this process and the phases that it starts.
+func (o *options) serve(ctx context.Context) (stop func(), err error) {
+	program, err := s3test.Find()
+	if err != nil {
+		return nil, err
+	}
+	for name, value := range s3test.Env() {
+		if err := os.Setenv(name, value); err != nil {
+			return nil, err
+		}
+	}
+	srv, stop, err := s3test.Run(ctx, program, o.Dir)
+	if err != nil {
+		return nil, err
+	}
+	o.location = "s3:" + srv.Endpoint + "/" + s3test.Bucket + "/scale"
+	return stop, nil
 }
 
 // report hands a phase's result to the process that started it.
@@ -102,7 +141,7 @@ func (o options) runPhase(ctx context.Context, name string, point int, result an
 		return used{}, err
 	}
 	arg := func(name string, n any) string { return fmt.Sprintf("-%s=%v", name, n) }
-	cmd := exec.CommandContext(ctx, self, arg("phase", name), arg("point", point), arg("dir", o.Dir), arg("tib", o.Size>>40), arg("areas", o.Areas),
+	cmd := exec.CommandContext(ctx, self, arg("phase", name), arg("point", point), arg("dir", o.Dir), arg("location", o.location), arg("tib", o.Size>>40), arg("areas", o.Areas),
 		arg("points", o.Points), arg("changes", o.Changes), arg("stored", o.Stored), arg("reads", o.Reads))
 	return measure(cmd, result)
 }

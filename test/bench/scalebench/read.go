@@ -4,21 +4,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
-	"iter"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/tidemark/tidemark/restore"
 	"github.com/tidemark/tidemark/store"
-	"github.com/tidemark/tidemark/store/blob"
 )
 
 // counted is what a step asked of the storage, and how long it took.
@@ -35,68 +31,6 @@ type reading struct {
 	Early  counted // random reads after that
 	Steady counted // and when the map and most indexes are in memory
 	Wrong  int     // reads that gave other bytes than were written
-}
-
-// meter counts requests.
-type meter struct {
-	blob.Store
-	requests, bytes atomic.Int64
-}
-
-func (m *meter) count(n int) {
-	m.requests.Add(1)
-	m.bytes.Add(int64(n))
-}
-
-func (m *meter) ReadAt(ctx context.Context, name string, p []byte, off int64) (int, error) {
-	n, err := m.Store.ReadAt(ctx, name, p, off)
-	m.count(n)
-	return n, err
-}
-
-func (m *meter) ReadTail(ctx context.Context, name string, p []byte) (int, int64, error) {
-	n, size, err := blob.ReadTail(ctx, m.Store, name, p)
-	m.count(n)
-	return n, size, err
-}
-
-func (m *meter) Get(ctx context.Context, name string, off, n int64) (io.ReadCloser, error) {
-	m.count(0)
-	r, err := m.Store.Get(ctx, name, off, n)
-	return &metered{r, m}, err
-}
-
-// metered counts bytes that are read.
-type metered struct {
-	io.ReadCloser
-	m *meter
-}
-
-func (r *metered) Read(p []byte) (int, error) {
-	n, err := r.ReadCloser.Read(p)
-	r.m.bytes.Add(int64(n))
-	return n, err
-}
-
-func (m *meter) Stat(ctx context.Context, name string) (blob.Info, error) {
-	m.count(0)
-	return m.Store.Stat(ctx, name)
-}
-
-// List counts what object storage would be asked: a page for every 1,000 names.
-func (m *meter) List(ctx context.Context, prefix string) iter.Seq2[blob.Info, error] {
-	return func(yield func(blob.Info, error) bool) {
-		n := 0
-		for info, err := range m.Store.List(ctx, prefix) {
-			if n%1000 == 0 {
-				m.count(0)
-			}
-			n++
-			if !yield(info, err) {
-				return
-			}
-		}
-	}
 }
 
 // steps times operations between two looks at a meter.
@@ -139,11 +73,11 @@ const firsts = 21
 // readPoint measures one point. Bytes are compared with what was written.
 func readPoint(ctx context.Context, o options) (r reading, err error) {
 	r.Point = o.point
-	dir, err := blob.OpenDir(o.Dir)
+	m, err := o.meter(ctx)
 	if err != nil {
 		return r, err
 	}
-	m := &meter{Store: dir}
+	defer func() { err = errors.Join(err, m.Close()) }()
 	last := o.lastChange()
 	rnd := rand.New(rand.NewPCG(1, uint64(o.point)))
 	want, got := make([]byte, grain), make([]byte, 4096)
@@ -227,7 +161,7 @@ func (o options) lastChange() []int {
 
 // open opens the repository and the point as a mount or an export would.
 func (o options) open(ctx context.Context, m *meter) (*restore.PointDisk, func() error, error) {
-	repo, err := store.OpenIn(ctx, keepOpen{m}, o.Dir)
+	repo, err := store.OpenIn(ctx, keepOpen{m}, o.location)
 	if err != nil {
 		return nil, nil, err
 	}

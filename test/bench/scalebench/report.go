@@ -2,14 +2,12 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"text/tabwriter"
 
 	"github.com/dustin/go-humanize"
-
-	"github.com/tidemark/tidemark/store/blob"
 )
 
 // spent is the bytes of a repository by kind.
@@ -18,11 +16,12 @@ type spent struct {
 	packs, points, rest int64
 }
 
-func measureRepo(ctx context.Context, dir string) (s spent, err error) {
-	b, err := blob.OpenDir(dir)
+func (o options) measureRepo(ctx context.Context) (s spent, err error) {
+	b, err := o.meter(ctx)
 	if err != nil {
 		return s, err
 	}
+	defer func() { err = errors.Join(err, b.Close()) }()
 	for info, err := range b.List(ctx, "") {
 		if err != nil {
 			return s, err
@@ -48,7 +47,7 @@ func bench(ctx context.Context, o options) error {
 	if err != nil {
 		return err
 	}
-	first, err := measureRepo(ctx, o.Dir)
+	first, err := o.measureRepo(ctx)
 	if err != nil {
 		return err
 	}
@@ -56,7 +55,7 @@ func bench(ctx context.Context, o options) error {
 	if err != nil {
 		return err
 	}
-	all, err := measureRepo(ctx, o.Dir)
+	all, err := o.measureRepo(ctx)
 	if err != nil {
 		return err
 	}
@@ -94,23 +93,33 @@ func bench(ctx context.Context, o options) error {
 			r.Early.Requests, r.Early.Bytes/1024, r.Early.Median,
 			r.Steady.Requests, r.Steady.Bytes/1024, r.Steady.Median, r.Steady.P99, bytes(u.peak))
 	}
-	if u, ok := o.collect(ctx); ok {
-		row("")
-		row("gc\t%.1f s\t%.1f s processor time\t%s peak memory", u.wall.Seconds(), u.cpu.Seconds(), bytes(u.peak))
+	row("")
+	row("garbage collection\tpoints\tmap nodes\trequests\tread\tputs\tdeletes\tpacks deleted\tcompacted\tfreed\tseconds\tprocessor time\tpeak memory\tfirst marking\tlook at packs")
+	gc := func(what string) error {
+		var c collected
+		u, err := o.runPhase(ctx, "gc", 0, &c)
+		if err != nil {
+			return err
+		}
+		row("%s\t%d\t%d\t%d\t%s\t%d\t%d\t%d\t%d\t%s\t%.1f\t%.1f s\t%s\t%d requests, %.1f s\t%d requests, %.1f s", what, c.Report.Points, c.Report.Nodes, c.Requests, bytes(c.Read),
+			c.Writes, c.Deletes, c.Report.Deleted, c.Report.Compacted, bytes(c.Report.Freed), c.Seconds, u.cpu.Seconds(), bytes(u.peak),
+			c.Marking.Requests, c.Marking.Seconds, c.Choosing.Requests, c.Choosing.Seconds)
+		return nil
+	}
+	if err := gc("nothing to do"); err != nil {
+		return err
+	}
+	var forgotten int
+	if _, err := o.runPhase(ctx, "forget", 0, &forgotten); err != nil {
+		return err
+	}
+	if err := gc(fmt.Sprintf("%d forgotten", forgotten)); err != nil {
+		return err
+	}
+	if err := gc("and again"); err != nil {
+		return err
 	}
 	return t.Flush()
-}
-
-// collect runs garbage collection where the program has it.
-func (o options) collect(ctx context.Context) (used, bool) {
-	if exec.CommandContext(ctx, o.Tidemark, "gc", "--help").Run() != nil {
-		return used{}, false
-	}
-	u, err := measure(exec.CommandContext(ctx, o.Tidemark, "gc", "-r", o.Dir), nil)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "scalebench: gc:", err)
-	}
-	return u, err == nil
 }
 
 func bytes(n int64) string { return humanize.IBytes(uint64(max(n, 0))) }

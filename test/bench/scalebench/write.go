@@ -49,7 +49,7 @@ func (o options) changes(point int) []int64 {
 // writePoints writes the first point, or all others.
 func writePoints(ctx context.Context, o options) (w written, err error) {
 	if o.phase == "full" {
-		r, err := store.Init(ctx, o.Dir)
+		r, err := store.Init(ctx, o.location)
 		if err != nil {
 			return w, err
 		}
@@ -79,7 +79,7 @@ func writePoints(ctx context.Context, o options) (w written, err error) {
 
 // writePoint opens the repository anew, as each backup does.
 func writePoint(ctx context.Context, o options, point int) (changed int64, err error) {
-	r, err := store.Open(ctx, o.Dir)
+	r, err := store.Open(ctx, o.location)
 	if err != nil {
 		return 0, err
 	}
