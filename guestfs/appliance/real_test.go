@@ -175,8 +175,8 @@ func fillTree(t *testing.T, dir string, n int, kind string) {
 	must(os.WriteFile(filepath.Join(dir, "large"), disktest.Content(5<<20+17, 3), 0o644))
 	if !posix {
 		at := time.Unix(1234567890, 0)
-		must(os.WriteFile(filepath.Join(dir, "ünï.txt"), []byte("x"), 0o644))
-		must(os.Chtimes(filepath.Join(dir, "ünï.txt"), at, at))
+		must(os.WriteFile(filepath.Join(dir, "ünï long name.txt"), []byte("x"), 0o644))
+		must(os.Chtimes(filepath.Join(dir, "ünï long name.txt"), at, at))
 		must(os.Chtimes(filepath.Join(dir, "large"), at, at))
 		return
 	}
@@ -405,12 +405,12 @@ func TestEveryKind(t *testing.T) {
 
 // TestCrashConsistent looks at file systems that were copied while they were mounted, after fsync.
 func TestCrashConsistent(t *testing.T) {
-	needTools(t, "mkfs.ext4", "mkfs.xfs", "mkfs.btrfs", "sfdisk")
+	needTools(t, "mkfs.ext4", "mkfs.xfs", "mkfs.btrfs", "mkfs.ntfs", "ntfs-3g", "sfdisk")
 	c := config(t)
 	work := t.TempDir()
 	var images, kinds []string
 	want := map[string]map[string]entry{}
-	for _, m := range mkfs[:4] { // those that have a journal
+	for _, m := range append(mkfs[:4:4], mkfs[6]) { // those that have a journal, and ntfs-3g, which writes none
 		img := filepath.Join(work, m.kind)
 		run(t, "truncate", "-s", fmt.Sprintf("%dM", m.size), img)
 		run(t, "sh", "-c", m.cmd+" "+img+" > /dev/null")
