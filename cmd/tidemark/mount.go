@@ -37,7 +37,7 @@ func newMount(g *globals) *cobra.Command {
     disk0.raw                        the disk
     disk0.parts/p1.raw               a partition of it (GPT and MBR)
     disk0.parts/partitions.json      where the partitions lie, and what is wrong with the table
-    disk0.files/p1/                  the guest's own files on partition 1
+    disk0.files/p1/                  the guest's own files on a partition, as after a recovery
     changes-since-previous.json      extents that differ from the point before
     point.json                       what is known of the point
 
