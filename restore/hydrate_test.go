@@ -34,6 +34,33 @@ func TestLiveIsAWritableDisk(t *testing.T) {
 	})
 }
 
+// What a server can write to without asking is not seen to change, and would be missing from what
+// was hydrated.
+func TestNoWriteGoesPastAHydratableDisk(t *testing.T) {
+	o, err := restore.CreateOverlay(filepath.Join(t.TempDir(), "overlay"), disktest.Bytes(make([]byte, 1<<20)), identity)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = o.Close() }()
+	var l restore.WritableDisk = restore.NewHydratable(o)
+	if _, err := l.WriteAt(make([]byte, 1<<20), 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, ok := o.WriteFile(0, 1<<20); !ok {
+		t.Fatal("the overlay itself gives nothing to write to: this shows nothing")
+	}
+	if w, ok := l.(restore.WriteFiler); ok {
+		if _, _, ok := w.WriteFile(0, 1<<20); ok {
+			t.Error("it gives its file to be written to")
+		}
+	}
+	if f, ok := l.(restore.Filer); ok {
+		if _, ok := f.File(0, 1<<20); ok {
+			t.Error("it gives its file to be read from: what is used is not seen")
+		}
+	}
+}
+
 // readAll returns a disk's content.
 func readAll(t *testing.T, d restore.Disk) []byte {
 	t.Helper()
