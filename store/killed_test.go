@@ -787,7 +787,7 @@ func killOperation(t *testing.T, s *stage, where backend) {
 	s.ended(t, location, folder, dry.Said, func() []string { return run(t, 0, location).Said })
 	drop()
 	killed, began := 0, time.Now()
-	moments := someMoments(dry.Moments, 2)
+	moments := someMoments(dry.Moments, 1)
 	for _, at := range moments {
 		t.Run(fmt.Sprint(at), func(t *testing.T) {
 			location, folder, drop := where.fork(t, s.repo.Location())
