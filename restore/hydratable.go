@@ -62,6 +62,9 @@ func (l *Hydratable) WriteAt(p []byte, off int64) (int, error) {
 	return n, l.note(context.Background(), err)
 }
 
+// WriteFile keeps the overlay's from being used: what is written past WriteAt would not be seen as a change.
+func (l *Hydratable) WriteFile(int64, int64) (fd uintptr, at int64, ok bool) { return 0, 0, false }
+
 // Zero implements WritableDisk.
 func (l *Hydratable) Zero(off, n int64) error {
 	err := l.Overlay.Zero(off, n)
