@@ -50,6 +50,9 @@ type CommitOptions struct {
 // without one stays as it is. Only grains are read in which something was written. The overlays must not be
 // written to meanwhile.
 //
+// What is known to be lost of p must be written over, else the error wraps [ErrCorrupt]: the new point would be as
+// damaged, and not known to be.
+//
 // The point's parent is p, also if the VM has newer points; it becomes the VM's newest. It shows the overlays at one
 // instant, so it is as consistent as a disk after a power failure, unless p was not.
 // The next backup of the VM's own disks compares them.
@@ -77,6 +80,9 @@ func (c *Catalog) Commit(ctx context.Context, p *PointDetails, overlays map[int]
 			if err := jobs[i].find(); err != nil {
 				return nil, err
 			}
+		}
+		if n := jobs[i].inherited(out.Lost()); n > 0 {
+			return nil, fmt.Errorf("commit %s: %w: %d bytes of %s are lost in the repository and not written over: see repair", d.Name, ErrCorrupt, n, p.ID)
 		}
 		for _, r := range jobs[i].runs {
 			total += r.Len
@@ -128,6 +134,17 @@ func (j *commitJob) find() error {
 		add(e.Off, e.Len)
 		return nil
 	})
+}
+
+// inherited is how much of what is lost, in bytes, lies outside of what is written.
+func (j *commitJob) inherited(lost []store.Covered) (n int64) {
+	for _, c := range lost {
+		n += c.Len
+		for _, r := range j.runs {
+			n -= max(0, min(r.Off+r.Len, c.Off+c.Len)-max(r.Off, c.Off))
+		}
+	}
+	return n
 }
 
 func (j *commitJob) copy(ctx context.Context, done func(n int64)) error {

@@ -31,6 +31,51 @@ func contentOf(t *testing.T, c *restore.Catalog, name restore.PointInfo, disk in
 	return got
 }
 
+// What is known to be lost of the base would be lost of a point that nobody knows to be damaged.
+func TestLossIsNotCommitted(t *testing.T) {
+	repo, dir := disktest.Repo(t)
+	model := disktest.Noise(1<<20, 1)
+	base := disktest.Publish(t, repo, disktest.Spec{VM: "web", Time: noon, Disks: [][]byte{model}})
+	c := restore.NewCatalog(repo, restore.NewCache(8<<20))
+	p, err := c.Point(t.Context(), base.Name())
+	if err != nil {
+		t.Fatal(err)
+	}
+	disktest.Damage(t, dir, model[300<<10:301<<10])
+	if r, err := repo.Repair(t.Context(), []store.PointName{base.Name()}, store.RepairOptions{}); err != nil || !r.Lost() {
+		t.Fatalf("repair: %+v, %v", r, err)
+	}
+	d, closer, err := c.Open(t.Context(), p, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = closer.Close() }()
+	o, err := restore.CreateOverlay(filepath.Join(t.TempDir(), "overlay"), d, c.Identity(p, 0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = o.Close() }()
+	if _, err := o.WriteAt(make([]byte, 64<<10), 0); err != nil {
+		t.Fatal(err)
+	}
+	overlays := map[int]*restore.Overlay{0: o}
+	if made, err := c.Commit(t.Context(), p, overlays, restore.CommitOptions{}); !errors.Is(err, store.ErrCorrupt) {
+		t.Errorf("a point with a loss: %+v, %v", made, err)
+	}
+	// The guest has written all that was lost.
+	if _, err := o.WriteAt(model[256<<10:320<<10], 256<<10); err != nil {
+		t.Fatal(err)
+	}
+	clear(model[:64<<10])
+	made, err := c.Commit(t.Context(), p, overlays, restore.CommitOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(contentOf(t, c, made.Name(), 0), model) {
+		t.Error("the point is not base and overlay")
+	}
+}
+
 func TestCommittedPointIsBaseAndOverlay(t *testing.T) {
 	repo, _ := disktest.Repo(t)
 	const grain = 64 << 10

@@ -97,7 +97,7 @@ func (l *Hydratable) Hydrate(ctx context.Context, path string, o HydrateOptions)
 		return nil, err
 	}
 	for h.result.Rounds = 1; h.result.Rounds < maxRounds && l.changed() > o.Enough; h.result.Rounds++ {
-		if err := h.again(ctx, l.takeDirty(), h.limit); err != nil {
+		if err := h.again(ctx, h.afterHead(l.takeDirty()), h.limit); err != nil {
 			return nil, err
 		}
 	}
@@ -210,6 +210,21 @@ func (h *Hydration) piece(ctx context.Context, e Extent, buf []byte) error {
 	return nil
 }
 
+// afterHead leaves out the head of a device, which stays a change: it comes last.
+func (h *Hydration) afterHead(runs []Extent) []Extent {
+	for h.device && len(runs) > 0 && runs[0].Off < headLen {
+		first := &runs[0]
+		n := min(first.Len, headLen-first.Off)
+		h.live.change(first.Off, n)
+		if n == first.Len {
+			runs = runs[1:]
+			continue
+		}
+		first.Off, first.Len = first.Off+n, first.Len-n
+	}
+	return runs
+}
+
 // again copies what changed.
 func (h *Hydration) again(ctx context.Context, runs []Extent, limit *rate.Limiter) error {
 	buf := make([]byte, hotPiece)
@@ -262,6 +277,11 @@ func (h *Hydration) pace(ctx context.Context, n int) error {
 // go on, and it can be called again.
 func (h *Hydration) Finish(ctx context.Context) (HydrateResult, error) {
 	before := h.result.Written
+	if h.device { // its head comes when all else is durable
+		if err := errors.Join(h.again(ctx, h.afterHead(h.live.takeDirty()), nil), h.target.Sync()); err != nil {
+			return HydrateResult{}, fmt.Errorf("hydrate to %s: %w", h.path, err)
+		}
+	}
 	if err := h.again(ctx, h.live.takeDirty(), nil); err != nil {
 		return HydrateResult{}, fmt.Errorf("hydrate to %s: %w", h.path, err)
 	}

@@ -336,3 +336,31 @@ func TestMovedOverlayIsNotUsed(t *testing.T) {
 	}
 	_ = again.Close()
 }
+
+// Whatever the guest writes meanwhile, a device does not look like a disk before it is one.
+func TestHeadOfADeviceIsHydratedLast(t *testing.T) {
+	o, _ := newOverlay(t, disktest.Bytes(disktest.Noise(4<<20, 3)))
+	l := restore.NewHydratable(o)
+	dev := loopDevice(t, bytes.Repeat([]byte{0xdd}, 4<<20))
+	h, err := l.Hydrate(t.Context(), dev, restore.HydrateOptions{Enough: 1 << 20, Progress: func(done, total int64) {
+		if done == total {
+			if _, err := l.WriteAt(disktest.Noise(2<<20, 4), 512); err != nil {
+				t.Error(err)
+			}
+		}
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = h.Close() }()
+	got, err := os.ReadFile(dev)
+	if err != nil || !bytes.Equal(got[:1<<20], make([]byte, 1<<20)) {
+		t.Errorf("it has a head before the end, %v", err)
+	}
+	if _, err := h.Finish(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got, err = os.ReadFile(dev); err != nil || !bytes.Equal(got, readAll(t, l)) {
+		t.Errorf("the device differs from the disk, %v", err)
+	}
+}

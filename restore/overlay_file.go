@@ -78,6 +78,9 @@ func openOverlayFile(path string) (*sparseFile, error) {
 	if err == nil {
 		err = f.lock()
 	}
+	if err == nil {
+		err = notMoved(path) // who had it may have moved its disk meanwhile
+	}
 	if err != nil {
 		return nil, errors.Join(err, of.Close())
 	}

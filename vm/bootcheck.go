@@ -10,8 +10,10 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strings"
 	"sync"
 	"time"
+	"unicode"
 )
 
 // Verdict of a boot check.
@@ -114,9 +116,19 @@ func find(text []byte, signs []sign) (name, line string) {
 		if n := bytes.IndexByte(text[at[1]:], '\n'); n >= 0 {
 			to = at[1] + n
 		}
-		return s.name, string(text[from:min(to, from+200)])
+		return s.name, printable(text[from:min(to, from+200)])
 	}
 	return "", ""
+}
+
+// printable leaves out what a terminal would act on: taking out control sequences may join the parts of another.
+func printable(b []byte) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return -1
+	}, strings.ToValidUTF8(string(b), ""))
 }
 
 // happened is what the machine did since it was started.

@@ -2,7 +2,9 @@ package vm
 
 import (
 	"bytes"
+	"strings"
 	"testing"
+	"unicode"
 )
 
 func TestConsolesAreJudged(t *testing.T) {
@@ -34,6 +36,23 @@ func TestConsolesAreJudged(t *testing.T) {
 		got := judge(w.Text(), signsOfLife, &happened{})
 		if got.Verdict != c.want || (got.Verdict != "") != (got.Line != "") {
 			t.Errorf("%s: %q by %q (%s), want %q", c.name, got.Verdict, got.Line, got.Reason, c.want)
+		}
+	}
+}
+
+// The line that decides is shown on the operator's terminal.
+func TestTheGuestsLineIsPrintable(t *testing.T) {
+	for _, console := range []string{
+		"\x1b\x1b[m[2J login: ",
+		"\x1b\x1b[m]52;c;cHduZWQ=login: ",
+		"\xc2\x1b[m\x9b2J login: ",
+		"\u202elogin: ",
+	} {
+		w := NewBootWatch()
+		_, _ = w.Write([]byte(console))
+		got := judge(w.Text(), signsOfLife, &happened{})
+		if got.Verdict != Booted || strings.ContainsFunc(got.Line, func(r rune) bool { return !unicode.IsPrint(r) }) {
+			t.Errorf("%q: %q by %q", console, got.Verdict, got.Line)
 		}
 	}
 }

@@ -91,6 +91,8 @@ func (o *bootOptions) check() (*regexp.Regexp, error) {
 		return nil, usageError{errors.New("boot: --expect, --screenshot and --no-record go with --verify")}
 	case o.verify && len(o.hydrate.targets) > 0:
 		return nil, usageError{errors.New("boot: --verify and --hydrate exclude each other: a check ends, hydration goes on")}
+	case o.verify && o.overlay != "":
+		return nil, usageError{errors.New("boot: --verify and --overlay exclude each other: a check is of the point as it is")}
 	case len(o.hydrate.targets) > 0 && o.overlay == "":
 		return nil, usageError{errors.New("boot: --hydrate needs --overlay FILE: until the disk is whole, what the VM writes must outlive everything")}
 	}

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -21,7 +23,8 @@ func newCommit(g *globals) *cobra.Command {
 		Long: `Make a restore point of the overlays of a VM that was booted from one ("tidemark boot", or "export --writable"):
 its disks as they are now, at the cost of what was written. The overlays stay as they are.
 
-Give the overlays of all disks that were written to; a disk without one stays as it was. The VM must not
+Give the overlays of all disks that were written to; a disk without one stays as it was. One that was made
+with them (OVERLAY.diskN) can't be left out. The VM must not
 run. The new point's parent is the one that was booted. It is the VM's newest; the next backup of
 the VM's own disks compares them with it.`,
 		Example: `  tidemark boot web1@latest -r /srv/backup --overlay web1.overlay
@@ -80,6 +83,9 @@ func commitOverlays(c *cobra.Command, g *globals, files []string) (err error) {
 		closers = append(closers, closeAll)
 		overlays[base.Disk] = ov
 	}
+	if err := leftOut(p, files, overlays); err != nil {
+		return err
+	}
 	bar := g.progress()
 	made, err := cat.Commit(ctx, p, overlays, restore.CommitOptions{
 		Time: last, Tool: toolName(), Progress: func(done, total int64) { bar.bytes("committing", done, total) },
@@ -91,6 +97,23 @@ func commitOverlays(c *cobra.Command, g *globals, files []string) (err error) {
 	s := agent.Sum(made)
 	return g.say(c, map[string]*store.Point{"point": made}, "%s@%s  from %s: changed %s, read %s, stored %s  (%s, took %s)",
 		made.VM, made.ID, made.Parent, size(s.Changed), size(s.Read), size(s.Stored), made.Consistency, short(time.Since(begin)))
+}
+
+// leftOut tells of an overlay that was made together with those given: without it the point would show
+// two moments.
+func leftOut(p *restore.PointDetails, files []string, given map[int]*restore.Overlay) error {
+	for _, f := range files {
+		for i, d := range p.Disks {
+			if given[i] != nil {
+				continue
+			}
+			other := strings.TrimSuffix(f, filepath.Ext(f)) + "." + d.Name
+			if base, err := restore.ReadOverlayBase(other); err == nil && base.Point == p.ID && base.Disk == i {
+				return usageError{fmt.Errorf("commit: %s is the overlay of %s: give it too, or the point would show disks of two moments", other, d.Name)}
+			}
+		}
+	}
+	return nil
 }
 
 // openForCommit opens an overlay over its disk.

@@ -183,18 +183,21 @@ func (h *hydration) pivot(ctx context.Context, all []*restore.Hydration) (err er
 		}
 		c, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 		defer cancel()
-		if there, serr := h.m.ReadsFrom(c, "disk0"); moved > 0 || serr != nil || !there {
-			// A disk is moved, or may be: the marks stay, and the guest stands still.
-			h.mu.Lock()
-			h.over = true
-			h.mu.Unlock()
-			err = fmt.Errorf("%w\nthe VM is paused: end it, and run it from %v, which hold all that it wrote", err, h.targets)
-			return
+		there, failed := h.m.ReadsFrom(c, "disk0")
+		if moved == 0 && failed == nil && there {
+			for _, d := range h.b.disks {
+				failed = errors.Join(failed, restore.UnmarkMoved(d.file))
+			}
+			if failed == nil {
+				err = errors.Join(err, resume())
+				return
+			}
 		}
-		for _, d := range h.b.disks {
-			err = errors.Join(err, restore.UnmarkMoved(d.file))
-		}
-		err = errors.Join(err, resume())
+		// A disk is moved, or may be, or a mark says so: the guest stands still.
+		h.mu.Lock()
+		h.over = true
+		h.mu.Unlock()
+		err = fmt.Errorf("%w\nthe VM is paused: end it, and run it from %v, which hold all that it wrote", errors.Join(err, failed), h.targets)
 	}()
 	for _, d := range h.b.disks {
 		if err := restore.MarkMoved(d.file, h.targets[d.name]); err != nil {
