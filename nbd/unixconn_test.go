@@ -11,6 +11,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tidemark/tidemark/restore"
+	"github.com/tidemark/tidemark/restore/disktest"
 )
 
 // unixPair is both ends of a unix socket, the first of them blocking.
@@ -186,6 +189,40 @@ func TestSplicedWritesComeInAnyPieces(t *testing.T) {
 			p.request(0, cmdRead, 9, 0, 512)
 			p.getSimple(512).want(t, 9, 0)
 		})
+	}
+}
+
+// What a machine writes during hydration must reach the target, also where the overlay
+// has the blocks, and the kernel could write them.
+func TestLargeWritesAreHydrated(t *testing.T) {
+	const n = 1 << 20
+	dir := t.TempDir()
+	o, err := restore.CreateOverlay(filepath.Join(dir, "overlay"), disktest.Bytes(make([]byte, diskSize)), "base")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = o.Close() }()
+	l := restore.NewHydratable(o)
+	p := serveDisk(t, l, false)
+	write := func(handle uint64, content []byte) {
+		p.request(0, cmdWrite, handle, 2*n, n, string(content))
+		p.getSimple(0).want(t, handle, 0)
+	}
+	write(1, pattern(n, 1))
+	target := filepath.Join(dir, "target")
+	h, err := l.Hydrate(t.Context(), target, restore.HydrateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = h.Close() }()
+	want := pattern(n, 2)
+	write(2, want)
+	if _, err := h.Finish(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	got, err := os.ReadFile(target)
+	if err != nil || !bytes.Equal(got[2*n:3*n], want) {
+		t.Errorf("the target has something else than what was written last, %v", err)
 	}
 }
 

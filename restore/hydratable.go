@@ -33,6 +33,7 @@ type Hydratable struct {
 var (
 	_ WritableDisk    = (*Hydratable)(nil)
 	_ ReaderAtContext = (*Hydratable)(nil)
+	_ WriteFiler      = (*Hydratable)(nil)
 )
 
 // NewHydratable watches over o, which stays the caller's to close.
@@ -61,6 +62,10 @@ func (l *Hydratable) WriteAt(p []byte, off int64) (int, error) {
 	l.change(off, int64(len(p)))
 	return n, l.note(context.Background(), err)
 }
+
+// WriteFile implements [WriteFiler] for no range: what goes to the overlay's file by
+// itself would not be seen as a change, and be missing on the target.
+func (l *Hydratable) WriteFile(_, _ int64) (fd uintptr, at int64, ok bool) { return 0, 0, false }
 
 // Zero implements WritableDisk.
 func (l *Hydratable) Zero(off, n int64) error {
