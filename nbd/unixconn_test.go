@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -190,6 +191,40 @@ func TestSplicedWritesComeInAnyPieces(t *testing.T) {
 			p.getSimple(512).want(t, 9, 0)
 		})
 	}
+}
+
+// counted counts what does not come through the pipe.
+type counted struct {
+	*fileDisk
+	calls atomic.Int64
+}
+
+func (d *counted) WriteAt(p []byte, off int64) (int, error) {
+	d.calls.Add(1)
+	return d.fileDisk.WriteAt(p, off)
+}
+
+// After a large write no more than the next request's head is read ahead, however long that is.
+func TestNothingOfASplicedWriteIsReadAhead(t *testing.T) {
+	forms(t, func(t *testing.T, h headers) {
+		d := &counted{fileDisk: newFileDisk(t, diskSize)}
+		p := serveAs(t, d, h)
+		var before int64
+		for round := range uint64(4) {
+			want := pattern(300<<10+77, byte(round))
+			p.request(0, cmdWrite, round, 12345, uint32(len(want)), want)
+			p.answer(0, 0).want(t, round, 0)
+			got := make([]byte, len(want))
+			if _, err := d.ReadAt(got, 12345); err != nil || !bytes.Equal(got, want) {
+				t.Fatalf("round %d: the disk has something else, %v", round, err)
+			}
+			if now := d.calls.Load(); round == 0 {
+				before = now
+			} else if now != before {
+				t.Errorf("round %d: %d pieces were read ahead", round, now-before)
+			}
+		}
+	})
 }
 
 // What a machine writes during hydration must reach the target, also where the overlay
