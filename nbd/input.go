@@ -130,6 +130,7 @@ func (in *input) readFull(p []byte) error {
 
 // drain throws n bytes away.
 func (in *input) drain(n int64) error {
+	in.expect(false) // a payload is no head
 	for n > 0 {
 		p, err := in.some(int(min(n, int64(len(in.buf)))))
 		if err != nil {

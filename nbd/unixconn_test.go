@@ -14,7 +14,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tidemark/tidemark/restore"
-	"github.com/tidemark/tidemark/restore/disktest"
 )
 
 // unixPair is both ends of a unix socket, the first of them blocking.
@@ -227,24 +226,33 @@ func TestNothingOfASplicedWriteIsReadAhead(t *testing.T) {
 	})
 }
 
+// A large payload that nobody wants is not taken by the size of a head.
+func TestDrainingTakesFewReads(t *testing.T) {
+	reads := 0
+	in := input{from: readerFunc(func(p []byte) (int, error) { reads++; return len(p), nil }),
+		buf: make([]byte, inputBuffer), head: requestLength, before: func() error { return nil }}
+	in.expect(true)
+	if err := in.drain(maxPayload); err != nil || reads > maxPayload/inputBuffer {
+		t.Errorf("%d reads, %v", reads, err)
+	}
+}
+
+type readerFunc func(p []byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
 // What a machine writes during hydration must reach the target, also where the overlay
 // has the blocks, and the kernel could write them.
 func TestLargeWritesAreHydrated(t *testing.T) {
 	const n = 1 << 20
-	dir := t.TempDir()
-	o, err := restore.CreateOverlay(filepath.Join(dir, "overlay"), disktest.Bytes(make([]byte, diskSize)), "base")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = o.Close() }()
-	l := restore.NewHydratable(o)
+	l := restore.NewHydratable(newOverlay(t, diskSize))
 	p := serveDisk(t, l, false)
 	write := func(handle uint64, content []byte) {
 		p.request(0, cmdWrite, handle, 2*n, n, string(content))
 		p.getSimple(0).want(t, handle, 0)
 	}
 	write(1, pattern(n, 1))
-	target := filepath.Join(dir, "target")
+	target := filepath.Join(t.TempDir(), "target")
 	h, err := l.Hydrate(t.Context(), target, restore.HydrateOptions{})
 	if err != nil {
 		t.Fatal(err)
