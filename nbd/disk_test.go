@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tidemark/tidemark/restore"
+	"github.com/tidemark/tidemark/restore/disktest"
 )
 
 // memDisk is a sparse disk in memory.
@@ -187,6 +188,17 @@ func (d *fileDisk) Extents(_ context.Context, off, n int64) iter.Seq2[restore.Ex
 			off = hole
 		}
 	}
+}
+
+// newOverlay is one over zeroes.
+func newOverlay(t testing.TB, size int) *restore.Overlay {
+	t.Helper()
+	o, err := restore.CreateOverlay(filepath.Join(t.TempDir(), "overlay"), disktest.Bytes(make([]byte, size)), "base")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = o.Close() })
+	return o
 }
 
 // plain hides that a disk lies in a file.

@@ -11,6 +11,7 @@ type input struct {
 	from io.Reader
 	buf  []byte
 	r, w int  // buf[r:w] has come and was not used yet
+	head int  // length of a request's head
 	bulk bool // the last request carried a large payload; see expect
 
 	// before is called before every read that may block: the moment to send
@@ -92,8 +93,8 @@ func (in *input) expect(bulk bool) { in.bulk = bulk }
 
 func (in *input) ahead() int {
 	free := len(in.buf) - in.w
-	if in.bulk && in.w-in.r < requestLength {
-		return min(free, requestLength-(in.w-in.r))
+	if in.bulk && in.w-in.r < in.head {
+		return min(free, in.head-(in.w-in.r))
 	}
 	return free
 }
@@ -129,6 +130,7 @@ func (in *input) readFull(p []byte) error {
 
 // drain throws n bytes away.
 func (in *input) drain(n int64) error {
+	in.expect(false) // a payload is no head
 	for n > 0 {
 		p, err := in.some(int(min(n, int64(len(in.buf)))))
 		if err != nil {

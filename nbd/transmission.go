@@ -23,6 +23,7 @@ func (c *conn) transmit(ctx context.Context) error {
 	if c.headers == extendedHeaders {
 		length, decode = extendedRequestLength, decodeExtended
 	}
+	c.in.head = length
 	for {
 		c.in.next()
 		p, err := c.in.peek(length)

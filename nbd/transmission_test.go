@@ -50,6 +50,7 @@ func TestWhatIsWrittenIsRead(t *testing.T) {
 		"hidden file":  func(t *testing.T) restore.WritableDisk { return plain{newFileDisk(t, diskSize)} },
 		"always slow":  func(*testing.T) restore.WritableDisk { return slow(newMemDisk(diskSize)) },
 		"odd sized":    func(*testing.T) restore.WritableDisk { return newMemDisk(diskSize - 511) },
+		"overlay":      func(t *testing.T) restore.WritableDisk { return newOverlay(t, diskSize) },
 		"file sharded": func(t *testing.T) restore.WritableDisk { return halfFile{newFileDisk(t, diskSize)} },
 	}
 	for _, network := range []string{"unix", "tcp"} {

@@ -7,10 +7,13 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tidemark/tidemark/restore"
 )
 
 // unixPair is both ends of a unix socket, the first of them blocking.
@@ -186,6 +189,83 @@ func TestSplicedWritesComeInAnyPieces(t *testing.T) {
 			p.request(0, cmdRead, 9, 0, 512)
 			p.getSimple(512).want(t, 9, 0)
 		})
+	}
+}
+
+// counted counts what does not come through the pipe.
+type counted struct {
+	*fileDisk
+	calls atomic.Int64
+}
+
+func (d *counted) WriteAt(p []byte, off int64) (int, error) {
+	d.calls.Add(1)
+	return d.fileDisk.WriteAt(p, off)
+}
+
+// After a large write no more than the next request's head is read ahead, however long that is.
+func TestNothingOfASplicedWriteIsReadAhead(t *testing.T) {
+	forms(t, func(t *testing.T, h headers) {
+		d := &counted{fileDisk: newFileDisk(t, diskSize)}
+		p := serveAs(t, d, h)
+		var before int64
+		for round := range uint64(4) {
+			want := pattern(300<<10+77, byte(round))
+			p.request(0, cmdWrite, round, 12345, uint32(len(want)), want)
+			p.answer(0, 0).want(t, round, 0)
+			got := make([]byte, len(want))
+			if _, err := d.ReadAt(got, 12345); err != nil || !bytes.Equal(got, want) {
+				t.Fatalf("round %d: the disk has something else, %v", round, err)
+			}
+			if now := d.calls.Load(); round == 0 {
+				before = now
+			} else if now != before {
+				t.Errorf("round %d: %d pieces were read ahead", round, now-before)
+			}
+		}
+	})
+}
+
+// A large payload that nobody wants is not taken by the size of a head.
+func TestDrainingTakesFewReads(t *testing.T) {
+	reads := 0
+	in := input{from: readerFunc(func(p []byte) (int, error) { reads++; return len(p), nil }),
+		buf: make([]byte, inputBuffer), head: requestLength, before: func() error { return nil }}
+	in.expect(true)
+	if err := in.drain(maxPayload); err != nil || reads > maxPayload/inputBuffer {
+		t.Errorf("%d reads, %v", reads, err)
+	}
+}
+
+type readerFunc func(p []byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
+// What a machine writes during hydration must reach the target, also where the overlay
+// has the blocks, and the kernel could write them.
+func TestLargeWritesAreHydrated(t *testing.T) {
+	const n = 1 << 20
+	l := restore.NewHydratable(newOverlay(t, diskSize))
+	p := serveDisk(t, l, false)
+	write := func(handle uint64, content []byte) {
+		p.request(0, cmdWrite, handle, 2*n, n, string(content))
+		p.getSimple(0).want(t, handle, 0)
+	}
+	write(1, pattern(n, 1))
+	target := filepath.Join(t.TempDir(), "target")
+	h, err := l.Hydrate(t.Context(), target, restore.HydrateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = h.Close() }()
+	want := pattern(n, 2)
+	write(2, want)
+	if _, err := h.Finish(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	got, err := os.ReadFile(target)
+	if err != nil || !bytes.Equal(got[2*n:3*n], want) {
+		t.Errorf("the target has something else than what was written last, %v", err)
 	}
 }
 

@@ -33,6 +33,7 @@ type Hydratable struct {
 var (
 	_ WritableDisk    = (*Hydratable)(nil)
 	_ ReaderAtContext = (*Hydratable)(nil)
+	_ WriteFiler      = (*Hydratable)(nil)
 )
 
 // NewHydratable watches over o, which stays the caller's to close.
