@@ -86,6 +86,9 @@ func commitOverlays(c *cobra.Command, g *globals, files []string) (err error) {
 	if err := leftOut(p, files, overlays); err != nil {
 		return err
 	}
+	if last.After(begin) { // later points would come after it
+		last = begin
+	}
 	bar := g.progress()
 	made, err := cat.Commit(ctx, p, overlays, restore.CommitOptions{
 		Time: last, Tool: toolName(), Progress: func(done, total int64) { bar.bytes("committing", done, total) },
