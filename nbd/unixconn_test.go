@@ -12,8 +12,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/tidemark/tidemark/restore"
 )
 
 // unixPair is both ends of a unix socket, the first of them blocking.
@@ -240,34 +238,6 @@ func TestDrainingTakesFewReads(t *testing.T) {
 type readerFunc func(p []byte) (int, error)
 
 func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
-
-// What a machine writes during hydration must reach the target, also where the overlay
-// has the blocks, and the kernel could write them.
-func TestLargeWritesAreHydrated(t *testing.T) {
-	const n = 1 << 20
-	l := restore.NewHydratable(newOverlay(t, diskSize))
-	p := serveDisk(t, l, false)
-	write := func(handle uint64, content []byte) {
-		p.request(0, cmdWrite, handle, 2*n, n, string(content))
-		p.getSimple(0).want(t, handle, 0)
-	}
-	write(1, pattern(n, 1))
-	target := filepath.Join(t.TempDir(), "target")
-	h, err := l.Hydrate(t.Context(), target, restore.HydrateOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = h.Close() }()
-	want := pattern(n, 2)
-	write(2, want)
-	if _, err := h.Finish(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	got, err := os.ReadFile(target)
-	if err != nil || !bytes.Equal(got[2*n:3*n], want) {
-		t.Errorf("the target has something else than what was written last, %v", err)
-	}
-}
 
 // sealed is a file disk whose file takes no writes from the kernel.
 type sealed struct {
