@@ -304,6 +304,7 @@ func mounted(t *testing.T, pool *appliance.Pool, disk string) string {
 		t.Fatal(err)
 	}
 	repo, _ := disktest.Repo(t)
+	t.Cleanup(func() { _ = pool.Close() }) // it reads from the repository; what is wrong is said when it is closed again
 	disktest.Publish(t, repo, disktest.Spec{VM: "vm", Time: time.Date(2026, 11, 22, 18, 30, 0, 0, time.UTC), Disks: [][]byte{content}})
 	if err := unix.Munmap(content); err != nil {
 		t.Fatal(err)
