@@ -396,7 +396,9 @@ func TestRequestsPerDiff(t *testing.T) {
 	if grains, requests := diff(one, old, 1<<30); grains != 1 || requests > 2*2+2*levels {
 		t.Errorf("one grain: %d found with %d requests", grains, requests)
 	}
-	if grains, requests := diff(many, old, 1<<30); grains != 101 || requests > 101 {
+	// About one for each, not one for each node on the way (386). How near records lie, and so how many come with
+	// one request, differs a little when they are sealed.
+	if grains, requests := diff(many, old, 1<<30); grains != 101 || requests > 130 {
 		t.Errorf("101 grains: %d found with %d requests", grains, requests)
 	}
 	if grains, requests := diff(many, old, 1); grains != 1 || requests > 3*2+3*levels {
