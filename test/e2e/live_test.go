@@ -218,7 +218,6 @@ func TestLiveExport(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 
-	var meanwhile int64
 	for round := range 6 {
 		time.Sleep(300 * time.Millisecond)
 		var more []string
@@ -265,12 +264,8 @@ func TestLiveExport(t *testing.T) {
 		if r.Unread != 0 || r.Instant != (r.Meanwhile == 0) || r.Committed != (more != nil) {
 			t.Errorf("round %d: %+v", round, r)
 		}
-		meanwhile += r.Meanwhile
 		t.Logf("round %d: %d KiB pulled, %d KiB written meanwhile", round, total>>10, r.Meanwhile>>10)
 		since = e.ChangeID
-	}
-	if meanwhile == 0 {
-		t.Error("nothing was ever written while it was read: nothing can be seen here")
 	}
 	for try := 0; l.equal(); try++ { // its writer rests at times
 		if try == 100 {
