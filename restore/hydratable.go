@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"iter"
 	"math/bits"
 	"sync"
 	"sync/atomic"
@@ -20,7 +21,7 @@ const (
 // failed, so that it can be hydrated ([Hydratable.Hydrate]) meanwhile. It costs 2 bits per
 // 64 KiB and MiB of the disk. All use of the overlay must go through it.
 type Hydratable struct {
-	*Overlay
+	overlay *Overlay // not embedded: what it can do by other ways would go past this
 
 	used  []atomic.Uint64 // bit per piece: it was asked for
 	dirty []atomic.Uint64 // bit per unit: it changed since it was taken
@@ -33,13 +34,32 @@ type Hydratable struct {
 var (
 	_ WritableDisk    = (*Hydratable)(nil)
 	_ ReaderAtContext = (*Hydratable)(nil)
-	_ WriteFiler      = (*Hydratable)(nil)
+	_ Differ          = (*Hydratable)(nil)
+	_ Layered         = (*Hydratable)(nil)
 )
 
 // NewHydratable watches over o, which stays the caller's to close.
 func NewHydratable(o *Overlay) *Hydratable {
 	words := func(unit int64) int64 { return (o.Size()/unit)/64 + 1 }
-	return &Hydratable{Overlay: o, used: make([]atomic.Uint64, words(hotPiece)), dirty: make([]atomic.Uint64, words(dirtyUnit))}
+	return &Hydratable{overlay: o, used: make([]atomic.Uint64, words(hotPiece)), dirty: make([]atomic.Uint64, words(dirtyUnit))}
+}
+
+// Size implements [Disk].
+func (l *Hydratable) Size() int64 { return l.overlay.Size() }
+
+// Extents implements [Disk].
+func (l *Hydratable) Extents(ctx context.Context, off, n int64) iter.Seq2[Extent, error] {
+	return l.overlay.Extents(ctx, off, n)
+}
+
+// Diff implements [Differ].
+func (l *Hydratable) Diff(ctx context.Context, old Disk, off, n int64) iter.Seq2[Change, error] {
+	return l.overlay.Diff(ctx, old, off, n)
+}
+
+// Layers implements [Layered].
+func (l *Hydratable) Layers(ctx context.Context, off, n int64) iter.Seq2[Layer, error] {
+	return l.overlay.Layers(ctx, off, n)
 }
 
 // ReadAt implements io.ReaderAt.
@@ -50,26 +70,22 @@ func (l *Hydratable) ReadAt(p []byte, off int64) (int, error) {
 // ReadAtContext implements ReaderAtContext.
 func (l *Hydratable) ReadAtContext(ctx context.Context, p []byte, off int64) (int, error) {
 	l.use(off, int64(len(p)))
-	n, err := l.Overlay.ReadAtContext(ctx, p, off)
+	n, err := l.overlay.ReadAtContext(ctx, p, off)
 	return n, l.note(ctx, err)
 }
 
 // WriteAt implements io.WriterAt.
 func (l *Hydratable) WriteAt(p []byte, off int64) (int, error) {
 	l.use(off, int64(len(p)))
-	n, err := l.Overlay.WriteAt(p, off)
+	n, err := l.overlay.WriteAt(p, off)
 	// Also what failed may have changed something.
 	l.change(off, int64(len(p)))
 	return n, l.note(context.Background(), err)
 }
 
-// WriteFile implements [WriteFiler], which the overlay's would do in its place: no write may go
-// past this.
-func (l *Hydratable) WriteFile(int64, int64) (fd uintptr, at int64, ok bool) { return 0, 0, false }
-
 // Zero implements WritableDisk.
 func (l *Hydratable) Zero(off, n int64) error {
-	err := l.Overlay.Zero(off, n)
+	err := l.overlay.Zero(off, n)
 	l.change(off, n)
 	return l.note(context.Background(), err)
 }
@@ -78,7 +94,7 @@ func (l *Hydratable) Zero(off, n int64) error {
 func (l *Hydratable) Trim(off, n int64) error { return l.Zero(off, n) }
 
 // Sync implements WritableDisk.
-func (l *Hydratable) Sync() error { return l.note(context.Background(), l.Overlay.Sync()) }
+func (l *Hydratable) Sync() error { return l.note(context.Background(), l.overlay.Sync()) }
 
 // Failure returns the last error of a read or write and forgets it.
 func (l *Hydratable) Failure() error {

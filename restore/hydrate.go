@@ -180,7 +180,7 @@ func (h *Hydration) piece(ctx context.Context, e Extent, buf []byte) error {
 	if n, err := h.target.ReadAt(have, e.Off); n < len(have) {
 		return fmt.Errorf("read the target: %w", noEOF(err))
 	}
-	runs, err := h.live.differences(ctx, have, e.Off)
+	runs, err := h.live.overlay.differences(ctx, have, e.Off)
 	if err != nil {
 		return err
 	}
@@ -199,7 +199,7 @@ func (h *Hydration) piece(ctx context.Context, e Extent, buf []byte) error {
 		if err := h.pace(ctx, len(part)); err != nil {
 			return err
 		}
-		if err := h.live.readBulk(ctx, part, run.Off); err != nil {
+		if err := h.live.overlay.readBulk(ctx, part, run.Off); err != nil {
 			return err
 		}
 		if _, err := h.target.WriteAt(part, run.Off); err != nil {
@@ -236,7 +236,7 @@ func (h *Hydration) again(ctx context.Context, runs []Extent, limit *rate.Limite
 					return h.putBack(runs[i:], err)
 				}
 			}
-			if n, err := h.live.Overlay.ReadAtContext(ctx, p, run.Off); n < len(p) {
+			if n, err := h.live.overlay.ReadAtContext(ctx, p, run.Off); n < len(p) {
 				return h.putBack(runs[i:], noEOF(err))
 			}
 			if err := h.put(ctx, p, run.Off); err != nil {
