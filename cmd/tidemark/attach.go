@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"os"
 	"os/signal"
 	"syscall"
@@ -124,16 +123,11 @@ func (o attachOptions) servePoint(c *cobra.Command, g *globals, k kernel.Options
 	if err := o.checkOverlay("attach"); err != nil {
 		return err
 	}
-	cat, repo, err := g.catalog(c.Context())
+	cat, repo, p, err := g.bootable(c, ref)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, repo.Close()) }()
-	p, err := cat.FindBootable(c.Context(), ref)
-	if err != nil {
-		return err
-	}
-	warnDamaged(c, p.VM+"@"+p.ID, p.Damage)
 	if len(p.Disks) > 1 && o.disk < 0 {
 		return usageError{fmt.Errorf("attach: %s@%s has %d disks: say which with --disk", p.VM, p.ID, len(p.Disks))}
 	}
@@ -141,12 +135,8 @@ func (o attachOptions) servePoint(c *cobra.Command, g *globals, k kernel.Options
 	if err != nil {
 		return err
 	}
-	e, closers, err := o.open(c.Context(), cat, p, disks[0], false)
-	defer func() {
-		for i := len(closers) - 1; i >= 0; i-- {
-			err = errors.Join(err, closers[i].Close())
-		}
-	}()
+	e, opened, err := o.open(c.Context(), cat, p, disks[0], false)
+	defer func() { err = errors.Join(err, opened.Close()) }()
 	if err != nil {
 		return err
 	}
@@ -166,7 +156,7 @@ func (o attachOptions) servePoint(c *cobra.Command, g *globals, k kernel.Options
 	ctx, cancel := context.WithCancel(context.WithoutCancel(c.Context()))
 	l := kernel.NewLocal()
 	k.Dial = l.Dial
-	srv := &nbd.Server{Exports: set, Log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))}
+	srv := &nbd.Server{Exports: set, Log: serverLog()}
 	served := make(chan error, 1)
 	go func() { served <- srv.Serve(ctx, l) }()
 	defer func() {

@@ -112,16 +112,11 @@ func (o *bootOptions) run(c *cobra.Command, g *globals, ref string) (err error) 
 		return err
 	}
 	ctx := c.Context()
-	cat, repo, err := g.catalog(ctx)
+	cat, repo, p, err := g.bootable(c, ref)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, repo.Close()) }()
-	p, err := cat.FindBootable(ctx, ref)
-	if err != nil {
-		return err
-	}
-	warnDamaged(c, p.VM+"@"+p.ID, p.Damage)
 	cfg, err := o.config(p)
 	if err != nil {
 		return err
@@ -158,8 +153,8 @@ type booting struct {
 type bootDisk struct {
 	name    string
 	live    *restore.Hydratable
-	file    string      // of the overlay, unless it is a temporary one
-	closers []io.Closer // in the order of opening
+	file    string // of the overlay, unless it is a temporary one
+	closers closers
 }
 
 // serve opens the disks with their overlays and serves them on a socket that only this user
@@ -191,7 +186,7 @@ func (o *bootOptions) serve(ctx context.Context, cat *restore.Catalog, p *restor
 		if err != nil {
 			return nil, err
 		}
-		b.disks = append(b.disks, bootDisk{name: info.Name, closers: []io.Closer{closer}})
+		b.disks = append(b.disks, bootDisk{name: info.Name, closers: closers{closer}})
 		bd := &b.disks[i]
 		over, err := ov.openOverlay(cat, p, i, len(p.Disks) > 1, d)
 		if err != nil {
@@ -231,9 +226,7 @@ func (b *booting) close() error {
 		err = nil
 	}
 	for _, d := range b.disks {
-		for i := len(d.closers) - 1; i >= 0; i-- {
-			err = errors.Join(err, d.closers[i].Close())
-		}
+		err = errors.Join(err, d.closers.Close())
 	}
 	if b.goesOn {
 		return err

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"math"
 	"net"
 	"os"
@@ -117,21 +116,12 @@ func (o exportOptions) run(c *cobra.Command, g *globals, ref string) (err error)
 		return err
 	}
 	ctx := c.Context()
-	cat, repo, err := g.catalog(ctx)
+	cat, repo, p, err := g.bootable(c, ref)
 	if err != nil {
 		return err
 	}
-	closers := []io.Closer{repo}
-	defer func() {
-		for i := len(closers) - 1; i >= 0; i-- {
-			err = errors.Join(err, closers[i].Close())
-		}
-	}()
-	p, err := cat.FindBootable(ctx, ref)
-	if err != nil {
-		return err
-	}
-	warnDamaged(c, p.VM+"@"+p.ID, p.Damage)
+	toClose := closers{repo}
+	defer func() { err = errors.Join(err, toClose.Close()) }()
 	disks, err := chooseDisks(p, o.disk)
 	if err != nil {
 		return err
@@ -139,7 +129,7 @@ func (o exportOptions) run(c *cobra.Command, g *globals, ref string) (err error)
 	var exports []nbd.Export
 	for _, i := range disks {
 		e, opened, err := o.open(ctx, cat, p, i, len(disks) > 1)
-		closers = append(closers, opened...)
+		toClose = append(toClose, opened...)
 		if err != nil {
 			return err
 		}
@@ -234,24 +224,24 @@ func (o *exportOptions) checkOverlay(command string) error {
 	return nil
 }
 
-// open opens disk i for being served. What it returns to be closed, last one first, is so also after an error.
-func (o exportOptions) open(ctx context.Context, cat *restore.Catalog, p *restore.PointDetails, i int, several bool) (nbd.Export, []io.Closer, error) {
+// open opens disk i for being served. What it returns is to be closed, also after an error.
+func (o exportOptions) open(ctx context.Context, cat *restore.Catalog, p *restore.PointDetails, i int, several bool) (nbd.Export, closers, error) {
 	d, closer, err := cat.Open(ctx, p, i)
 	if err != nil {
 		return nbd.Export{}, nil, err
 	}
-	closers := []io.Closer{closer}
+	opened := closers{closer}
 	e := nbd.Export{Name: p.Disks[i].Name, Description: p.VM + "@" + p.ID + " " + p.Disks[i].Name, Disk: d, ReadOnly: !o.writable,
 		History: nbd.NewHistory(cat, p, p.Disks[i].Name)}
 	if o.writable {
 		ov, err := o.openOverlay(cat, p, i, several, d)
 		if err != nil {
-			return nbd.Export{}, closers, err
+			return nbd.Export{}, opened, err
 		}
-		closers = append(closers, ov)
+		opened = append(opened, ov)
 		e.Disk = ov
 	}
-	return e, closers, nil
+	return e, opened, nil
 }
 
 // openOverlay opens or makes the overlay of disk i.

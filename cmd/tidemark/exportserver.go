@@ -167,9 +167,14 @@ func (o *serverOptions) bind(ctx context.Context, name string) (net.Listener, st
 	return l, scheme + "://" + l.Addr().String() + "/" + name, nil
 }
 
+// serverLog is where a server tells of clients that were cut off and disks that failed.
+func serverLog() *slog.Logger {
+	return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
+}
+
 // server makes the server of these exports.
 func (o *serverOptions) server(exports nbd.Exports) (*nbd.Server, error) {
-	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
+	log := serverLog()
 	if len(o.rules) > 0 {
 		exports = nbd.Restrict(exports, o.rules...)
 	}

@@ -42,11 +42,11 @@ DAMAGE is what "tidemark repair" found to be lost. "verify" looks whether there 
 			if err != nil {
 				return err
 			}
-			known, err := damageOf(ctx, repo, points)
+			known, err := knownOf(ctx, points, repo.Damages)
 			if err != nil {
 				return err
 			}
-			checks, err := checksOf(ctx, repo, points)
+			checks, err := knownOf(ctx, points, repo.Checks)
 			if err != nil {
 				return err
 			}
@@ -94,25 +94,6 @@ func verdictOf(c *store.Check) string {
 	return c.Verdict
 }
 
-// checksOf returns the newest boot check of each point that has one.
-func checksOf(ctx context.Context, repo *store.Repo, points []*store.Point) (map[store.PointName]*store.Check, error) {
-	checks, asked := map[store.PointName]*store.Check{}, map[string]bool{}
-	for _, p := range points {
-		if asked[p.VM] {
-			continue
-		}
-		asked[p.VM] = true
-		of, err := repo.Checks(ctx, p.VM)
-		if err != nil {
-			return nil, err
-		}
-		for n, c := range of {
-			checks[n] = &c
-		}
-	}
-	return checks, nil
-}
-
 func lostOf(d *store.Damage) string {
 	if d == nil {
 		return "-"
@@ -120,20 +101,20 @@ func lostOf(d *store.Damage) string {
 	return size(d.Bytes()) + " lost"
 }
 
-// damageOf returns what is known to be lost of points.
-func damageOf(ctx context.Context, repo *store.Repo, points []*store.Point) (map[store.PointName]*store.Damage, error) {
-	known, asked := map[store.PointName]*store.Damage{}, map[string]bool{}
+// knownOf asks of, once for each VM, what is known of the points of it.
+func knownOf[T any](ctx context.Context, points []*store.Point, of func(ctx context.Context, vm string) (map[store.PointName]T, error)) (map[store.PointName]*T, error) {
+	known, asked := map[store.PointName]*T{}, map[string]bool{}
 	for _, p := range points {
 		if asked[p.VM] {
 			continue
 		}
 		asked[p.VM] = true
-		of, err := repo.Damages(ctx, p.VM)
+		some, err := of(ctx, p.VM)
 		if err != nil {
 			return nil, err
 		}
-		for n, d := range of {
-			known[n] = &d
+		for n, v := range some {
+			known[n] = &v
 		}
 	}
 	return known, nil

@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"errors"
+	"io"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -47,6 +49,32 @@ func (g *globals) catalog(ctx context.Context) (*restore.Catalog, *store.Repo, e
 		return nil, nil, errors.Join(err, r.Close())
 	}
 	return restore.NewCatalog(r, restore.NewCache(cacheBytes)), r, nil
+}
+
+// bootable opens the repository, which the caller closes, and finds a point to run or restore a machine
+// from. What is known to be lost of it is told.
+func (g *globals) bootable(c *cobra.Command, ref string) (*restore.Catalog, *store.Repo, *restore.PointDetails, error) {
+	cat, repo, err := g.catalog(c.Context())
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	p, err := cat.FindBootable(c.Context(), ref)
+	if err != nil {
+		return nil, nil, nil, errors.Join(err, repo.Close())
+	}
+	warnDamaged(c, p.VM+"@"+p.ID, p.Damage)
+	return cat, repo, p, nil
+}
+
+// closers are closed as one, the last one first.
+type closers []io.Closer
+
+// Close implements io.Closer.
+func (all closers) Close() (err error) {
+	for _, c := range slices.Backward(all) {
+		err = errors.Join(err, c.Close())
+	}
+	return err
 }
 
 func newInit(g *globals) *cobra.Command {

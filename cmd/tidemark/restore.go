@@ -90,16 +90,11 @@ func (o *restoreOptions) run(c *cobra.Command, g *globals, ref string) (err erro
 		return err
 	}
 	ctx := c.Context()
-	cat, repo, err := g.catalog(ctx)
+	cat, repo, p, err := g.bootable(c, ref)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, repo.Close()) }()
-	p, err := cat.FindBootable(ctx, ref)
-	if err != nil {
-		return err
-	}
-	warnDamaged(c, p.VM+"@"+p.ID, p.Damage)
 	disks, err := o.choose(p)
 	if err != nil {
 		return err
