@@ -12,7 +12,6 @@ package main
 import (
 	"context"
 	"crypto/md5"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -273,9 +272,7 @@ func (b *bench) measure(ctx context.Context, host measure.Host) error {
 		Interval: measure.Ratio(b.overNBD, b.fromFile), Accel: b.accel, Host: host,
 	}
 	if b.o.json {
-		e := json.NewEncoder(os.Stdout)
-		e.SetIndent("", "  ")
-		return e.Encode(r)
+		return measure.WriteJSON(os.Stdout, r)
 	}
 	fmt.Printf("%s, %s, %d boots each, in turns\n\n", host, b.accel, b.o.rounds)
 	for _, s := range []struct {

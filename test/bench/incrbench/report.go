@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"io"
 	"text/tabwriter"
@@ -19,9 +18,7 @@ func (b *bench) reads() string {
 
 func (b *bench) report(w io.Writer, asJSON bool) error {
 	if asJSON {
-		e := json.NewEncoder(w)
-		e.SetIndent("", "  ")
-		return e.Encode(struct {
+		return measure.WriteJSON(w, struct {
 			Host    measure.Host `json:"host"`
 			Size    int64        `json:"size"`
 			Percent float64      `json:"percent"`

@@ -1,6 +1,7 @@
 package measure
 
 import (
+	"fmt"
 	"math"
 	"math/rand/v2"
 	"slices"
@@ -43,6 +44,9 @@ type Interval struct {
 	Low   float64 `json:"low"`
 	High  float64 `json:"high"`
 }
+
+// String is how many times something is something else, and between what.
+func (i Interval) String() string { return fmt.Sprintf("%.2f × [%.2f, %.2f]", i.Value, i.Low, i.High) }
 
 const resamples = 10000
 

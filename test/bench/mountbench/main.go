@@ -12,7 +12,6 @@ package main
 import (
 	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -312,9 +311,7 @@ func (b *bench) random(ctx context.Context, f *os.File, readers int, seed uint64
 
 func (b *bench) report(w io.Writer, layers []*layer, rounds int, asJSON bool) error {
 	if asJSON {
-		e := json.NewEncoder(w)
-		e.SetIndent("", "  ")
-		return e.Encode(struct {
+		return measure.WriteJSON(w, struct {
 			Host   measure.Host `json:"host"`
 			Size   int64        `json:"size"`
 			Layers []*layer     `json:"layers"`
@@ -327,8 +324,7 @@ func (b *bench) report(w io.Writer, layers []*layer, rounds int, asJSON bool) er
 		for i, l := range layers {
 			s, against := l.Samples[q], ""
 			if i > 0 {
-				r := measure.Ratio(layers[0].Samples[q], s)
-				against = fmt.Sprintf("%.2f × [%.2f, %.2f]", r.Value, r.Low, r.High)
+				against = measure.Ratio(layers[0].Samples[q], s).String()
 			}
 			_, _ = fmt.Fprintf(t, "%s\t%.0f (%.0f–%.0f)\t%s\n", l.Name, s.Median(), s.Min(), s.Max(), against)
 		}

@@ -4,11 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 	"path/filepath"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/tidemark/tidemark/test/bench/measure"
 )
@@ -102,25 +98,9 @@ func (s *server) chill(ctx context.Context) error {
 		return err
 	}
 	for _, path := range s.cold {
-		if err := forget(path); err != nil {
+		if err := measure.Forget(path); err != nil {
 			return err
 		}
 	}
 	return s.start(ctx)
-}
-
-// forget drops what the page cache holds of a file, or of all files below a directory.
-func forget(path string) error {
-	return filepath.WalkDir(path, func(path string, e fs.DirEntry, err error) error {
-		if err != nil || !e.Type().IsRegular() {
-			return err
-		}
-		f, err := os.Open(path)
-		if err != nil {
-			return err
-		}
-		// Dirty pages are not dropped.
-		err = errors.Join(f.Sync(), unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED))
-		return errors.Join(err, f.Close())
-	})
 }

@@ -27,7 +27,7 @@ func (b *bench) random(ctx context.Context, t *tool, round int) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, unmount()) }()
-	if err := forget(t.repo); err != nil {
+	if err := measure.Forget(t.repo); err != nil {
 		return err
 	}
 	file, err := waitFor(ctx, filepath.Join(b.mnt(t), t.mounted))

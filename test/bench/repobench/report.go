@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"io"
 	"text/tabwriter"
@@ -11,9 +10,7 @@ import (
 
 func (b *bench) report(w io.Writer, asJSON bool) error {
 	if asJSON {
-		e := json.NewEncoder(w)
-		e.SetIndent("", "  ")
-		return e.Encode(struct {
+		return measure.WriteJSON(w, struct {
 			Host   measure.Host   `json:"host"`
 			Size   int64          `json:"size"`
 			Filled string         `json:"filled"`
@@ -61,7 +58,7 @@ func times(r *measure.Interval) string {
 	if r == nil {
 		return "1"
 	}
-	return fmt.Sprintf("%.2f × [%.2f, %.2f]", r.Value, r.Low, r.High)
+	return r.String()
 }
 
 func against(own bool, v float64) string {

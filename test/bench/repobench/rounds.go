@@ -4,12 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/tidemark/tidemark/test/bench/measure"
 )
@@ -73,7 +70,7 @@ func (b *bench) back(ctx context.Context, t *tool) error {
 	if err := t.wipe(ctx); err != nil {
 		return err
 	}
-	if err := forget(b.image); err != nil {
+	if err := measure.Forget(b.image); err != nil {
 		return err
 	}
 	d, err := t.backup.Run(ctx)
@@ -89,7 +86,7 @@ func (b *bench) back(ctx context.Context, t *tool) error {
 func (b *bench) give(ctx context.Context, t *tool, round int) (err error) {
 	to := filepath.Join(b.dir, "restored")
 	defer func() { err = errors.Join(err, os.RemoveAll(to)) }()
-	if err := errors.Join(os.Mkdir(to, 0o755), forget(t.repo)); err != nil {
+	if err := errors.Join(os.Mkdir(to, 0o755), measure.Forget(t.repo)); err != nil {
 		return err
 	}
 	d, err := t.restore(to).Run(ctx)
@@ -119,7 +116,7 @@ func (b *bench) give(ctx context.Context, t *tool, round int) (err error) {
 func (b *bench) copy(ctx context.Context) (err error) {
 	to := filepath.Join(b.dir, "copy")
 	defer func() { err = errors.Join(err, os.RemoveAll(to)) }()
-	if err := forget(b.image); err != nil {
+	if err := measure.Forget(b.image); err != nil {
 		return err
 	}
 	d, err := measure.Process{Path: "cp", Args: []string{"--reflink=never", b.image, to}}.Run(ctx)
@@ -140,21 +137,4 @@ func flush(file string) (time.Duration, error) {
 	begin := time.Now()
 	err = f.Sync()
 	return time.Since(begin), errors.Join(err, f.Close())
-}
-
-// forget drops what the page cache holds of a file, or of all files below a directory: who reads would be
-// fast because of who did before.
-func forget(path string) error {
-	return filepath.WalkDir(path, func(path string, e fs.DirEntry, err error) error {
-		if err != nil || !e.Type().IsRegular() {
-			return err
-		}
-		f, err := os.Open(path)
-		if err != nil {
-			return err
-		}
-		// Dirty pages are not dropped.
-		err = errors.Join(f.Sync(), unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED))
-		return errors.Join(err, f.Close())
-	})
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"io"
 	"strings"
@@ -12,9 +11,7 @@ import (
 
 func (b *bench) report(w io.Writer, cells []*cell, asJSON bool) error {
 	if asJSON {
-		e := json.NewEncoder(w)
-		e.SetIndent("", "  ")
-		return e.Encode(struct {
+		return measure.WriteJSON(w, struct {
 			Host  measure.Host `json:"host"`
 			Notes []string     `json:"notes"`
 			Cells []*cell      `json:"cells"`
