@@ -7,5 +7,5 @@
 // cannot express is refused with an error that wraps [ErrUnsupported], never
 // dropped in silence.
 //
-// It may import restore and internal/qmp and no other package of Tidemark.
+// It may import restore, internal/qmp and internal/tail, and no other package of Tidemark.
 package vm

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/tidemark/tidemark/internal/qmp"
+	"github.com/tidemark/tidemark/internal/tail"
 )
 
 // MachineOptions say how a [Machine] is run. Config and Disks are as for
@@ -53,7 +54,7 @@ type Machine struct {
 	monitor *qmp.Client
 	guard   *exec.Cmd
 	hold    *os.File // the guard's sign of life
-	stderr  tail
+	stderr  tail.Buffer
 	done    chan struct{} // closed when all is over; err is set before
 	err     error
 
@@ -334,31 +335,6 @@ func (m *Machine) PID() int { return m.guard.Process.Pid }
 // Screenshot writes what the screen shows to a PNG file (QEMU 7.1 or later).
 func (m *Machine) Screenshot(ctx context.Context, path string) error {
 	return m.monitor.Execute(ctx, "screendump", map[string]string{"filename": path, "format": "png"}, nil)
-}
-
-// tailLen is how much of QEMU's complaints is kept, in bytes.
-const tailLen = 8 << 10
-
-// tail keeps the last bytes written to it.
-type tail struct {
-	mu sync.Mutex
-	b  []byte
-}
-
-func (t *tail) Write(p []byte) (int, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.b = append(t.b, p...)
-	if n := len(t.b) - tailLen; n > 0 {
-		t.b = append(t.b[:0], t.b[n:]...)
-	}
-	return len(p), nil
-}
-
-func (t *tail) String() string {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return strings.TrimSpace(string(t.b))
 }
 
 // blockError is what QEMU tells of a failed request (BLOCK_IO_ERROR in its

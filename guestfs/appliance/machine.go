@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tidemark/tidemark/internal/tail"
 	"github.com/tidemark/tidemark/nbd"
 	"github.com/tidemark/tidemark/restore"
 )
@@ -47,27 +48,12 @@ type machine struct {
 }
 
 // console keeps the end of what the machine prints.
-type console struct {
-	mu sync.Mutex
-	b  []byte
-}
-
-func (c *console) Write(p []byte) (int, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.b = append(c.b, p...)
-	if over := len(c.b) - consoleKept; over > 0 {
-		c.b = append([]byte{}, c.b[over:]...)
-	}
-	return len(p), nil
-}
+type console struct{ tail.Buffer }
 
 // reason is what the console says about the end.
 func (c *console) reason() string {
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	last := ""
-	for line := range strings.Lines(string(c.b)) {
+	for line := range strings.Lines(c.String()) {
 		line = strings.TrimSpace(strings.ToValidUTF8(line, "?"))
 		if _, panicked, ok := strings.Cut(line, "Kernel panic - "); ok {
 			return "kernel panic: " + panicked
@@ -130,7 +116,7 @@ func (c *Config) start(ctx context.Context, disk restore.Disk, image, initrd *os
 	if err != nil {
 		return nil, fmt.Errorf("overlay: %w", err)
 	}
-	m := &machine{overlay: overlay, exited: make(chan struct{}), served: make(chan struct{})}
+	m := &machine{console: console{tail.Buffer{Max: consoleKept}}, overlay: overlay, exited: make(chan struct{}), served: make(chan struct{})}
 	serving, stop := context.WithCancel(context.WithoutCancel(ctx))
 	m.stop = stop
 	blocks, theirBlocks, err := socketPair()

@@ -16,5 +16,5 @@
 // and [Missing] say which are not there. Nothing is installed: kernels go to the
 // folder named by TIDEMARK_CACHE, or the user's cache directory.
 //
-// It is for tests and the demo only, and imports internal/initramfs alone.
+// It is for tests and the demo only, and imports internal/initramfs and internal/tail alone.
 package testvm

@@ -9,9 +9,10 @@ import (
 	"os/exec"
 	"runtime"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
+
+	"github.com/tidemark/tidemark/internal/tail"
 )
 
 // process is a running QEMU whose serial port is its standard output. It owns
@@ -20,7 +21,7 @@ type process struct {
 	name    string
 	cmd     *exec.Cmd
 	console *console
-	stderr  tailBuffer
+	stderr  tail.Buffer
 	done    chan struct{} // closed when all is over; err is set before
 	err     error         // how QEMU ended
 }
@@ -116,28 +117,4 @@ func (p *process) describe(err error) error {
 		fmt.Fprintf(&b, "\n\t%s", l.Text)
 	}
 	return fmt.Errorf("%s: %w%s", p.name, err, b.String())
-}
-
-// tailBuffer keeps the last bytes written to it.
-type tailBuffer struct {
-	mu sync.Mutex
-	b  []byte
-}
-
-const tailSize = 8 << 10
-
-func (t *tailBuffer) Write(p []byte) (int, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.b = append(t.b, p...)
-	if extra := len(t.b) - tailSize; extra > 0 {
-		t.b = append(t.b[:0], t.b[extra:]...)
-	}
-	return len(p), nil
-}
-
-func (t *tailBuffer) String() string {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return strings.TrimSpace(string(t.b))
 }
