@@ -47,8 +47,15 @@ func needFUSE(t *testing.T) {
 // mount shows repo at a new directory until the test ends.
 func mount(t *testing.T, repo *store.Repo, o fusefs.Options) string {
 	t.Helper()
-	needFUSE(t)
 	o.Refresh = refresh
+	dir, _ := serve(t, repo, o)
+	return dir
+}
+
+// serve is mount with the options as they are, and what serves the directory.
+func serve(t *testing.T, repo *store.Repo, o fusefs.Options) (string, *fusefs.Server) {
+	t.Helper()
+	needFUSE(t)
 	dir := t.TempDir()
 	s, err := fusefs.Mount(t.Context(), dir, restore.NewCatalog(repo, restore.NewCache(16<<20)), o)
 	if err != nil {
@@ -60,7 +67,7 @@ func mount(t *testing.T, repo *store.Repo, o fusefs.Options) string {
 		}
 		s.Wait()
 	})
-	return dir
+	return dir, s
 }
 
 func publish(t *testing.T, repo *store.Repo, vm string, at time.Time, content []byte) *store.Point {

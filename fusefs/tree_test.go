@@ -16,7 +16,6 @@ import (
 	"time"
 
 	"github.com/tidemark/tidemark/fusefs"
-	"github.com/tidemark/tidemark/restore"
 	"github.com/tidemark/tidemark/restore/disktest"
 	"github.com/tidemark/tidemark/store"
 	"github.com/tidemark/tidemark/store/blob"
@@ -91,18 +90,7 @@ func TestThousandsOfPoints(t *testing.T) {
 	publish(t, first, "vm", evening, make([]byte, 4096))
 	crowd(t, repoDir, "vm", many)
 	repo, count := counted(t, repoDir)
-	needFUSE(t)
-	dir := t.TempDir()
-	s, err := fusefs.Mount(t.Context(), dir, restore.NewCatalog(repo, restore.NewCache(16<<20)), fusefs.Options{Refresh: time.Minute})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := s.Unmount(); err != nil {
-			t.Error(err)
-		}
-		s.Wait()
-	}()
+	dir, _ := serve(t, repo, fusefs.Options{Refresh: time.Minute})
 	count.lists.Store(0)
 	count.reads.Store(0)
 	began := time.Now()
@@ -157,17 +145,7 @@ func TestKernelForgetsDeletedPoints(t *testing.T) {
 	repo, repoDir := disktest.Repo(t)
 	publish(t, repo, "vm", evening, disktest.Content(1<<20, 1))
 	second := publish(t, repo, "vm", evening.Add(time.Hour), disktest.Content(1<<20, 2))
-	dir := t.TempDir()
-	s, err := fusefs.Mount(t.Context(), dir, restore.NewCatalog(repo, restore.NewCache(1<<20)), fusefs.Options{Refresh: refresh})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := s.Unmount(); err != nil {
-			t.Error(err)
-		}
-		s.Wait()
-	}()
+	dir, s := serve(t, repo, fusefs.Options{Refresh: refresh})
 	fileHash(t, dir+"/vm/"+hourLater+"/disk0.raw")
 	if !s.Known("vm", hourLater, "disk0.raw") {
 		t.Fatal("the kernel does not know what was read")

@@ -35,21 +35,7 @@ func TestCorrupted(t *testing.T) {
 		if m.kind == "ext2" || m.kind == "ext3" {
 			continue
 		}
-		img := filepath.Join(work, m.kind)
-		run(t, "truncate", "-s", fmt.Sprintf("%dM", m.size), img)
-		run(t, "sh", "-c", m.cmd+" "+img+" > /dev/null")
-		src := filepath.Join(work, m.kind+".src")
-		if err := os.Mkdir(src, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if m.kind == "vfat" {
-			fillTree(t, src, 100, m.kind)
-			run(t, "sh", "-c", "cd "+src+" && LC_ALL=C.UTF-8 mcopy -i "+img+" -s -m -Q * ::")
-		} else {
-			mountLoop(t, m.kind, img, src)
-			fillTree(t, src, 100, m.kind)
-			run(t, "umount", src)
-		}
+		img := m.filled(t, work, 100, func(string) {})
 		var whole, refused, partly, lost, hung int
 		for done := 0; done < rounds; {
 			var images []string

@@ -209,11 +209,14 @@ func fillTree(t *testing.T, dir string, n int, kind string) {
 }
 
 // mkfs is how kinds are made, in MiB.
-var mkfs = []struct {
+// fileSystem is a kind, and how it is made.
+type fileSystem struct {
 	kind string
-	size int64
+	size int64 // MiB
 	cmd  string
-}{
+}
+
+var mkfs = []fileSystem{
 	{"ext4", 96, "mkfs.ext4 -q -F -I 256"},
 	{"xfs", 320, "mkfs.xfs -q -f"},
 	{"btrfs", 160, "mkfs.btrfs -q -f"},
@@ -221,6 +224,35 @@ var mkfs = []struct {
 	{"ext2", 96, "mkfs.ext2 -q -F -I 256"},
 	{"vfat", 96, "mkfs.vfat -F 32"},
 	{"ntfs", 96, "mkfs.ntfs -q -F"},
+}
+
+// empty makes a new one in an image below work, and a directory for it.
+func (m fileSystem) empty(t *testing.T, work string) (img, dir string) {
+	t.Helper()
+	img, dir = filepath.Join(work, m.kind), filepath.Join(work, m.kind+".src")
+	run(t, "truncate", "-s", fmt.Sprintf("%dM", m.size), img)
+	run(t, "sh", "-c", m.cmd+" "+img+" > /dev/null")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return img, dir
+}
+
+// filled makes one with n files and more of every kind, and has see look at them.
+func (m fileSystem) filled(t *testing.T, work string, n int, see func(dir string)) (img string) {
+	t.Helper()
+	img, dir := m.empty(t, work)
+	if m.kind == "vfat" {
+		fillTree(t, dir, n, m.kind)
+		run(t, "sh", "-c", "cd "+dir+" && TZ=UTC LC_ALL=C.UTF-8 mcopy -i "+img+" -s -m -Q * ::")
+		see(dir)
+		return img
+	}
+	mountLoop(t, m.kind, img, dir)
+	fillTree(t, dir, n, m.kind)
+	see(dir)
+	run(t, "umount", dir)
+	return img
 }
 
 // plainOf leaves what a kind of file system keeps.
@@ -354,24 +386,7 @@ func TestEveryKind(t *testing.T) {
 	want := map[string]map[string]entry{}
 	var images []string
 	for _, m := range mkfs {
-		img := filepath.Join(work, m.kind)
-		run(t, "truncate", "-s", fmt.Sprintf("%dM", m.size), img)
-		run(t, "sh", "-c", m.cmd+" "+img+" > /dev/null")
-		images = append(images, img)
-		src := filepath.Join(work, m.kind+".src")
-		if err := os.Mkdir(src, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if m.kind == "vfat" {
-			fillTree(t, src, files(), m.kind)
-			run(t, "sh", "-c", "cd "+src+" && TZ=UTC LC_ALL=C.UTF-8 mcopy -i "+img+" -s -m -Q * ::")
-			want[m.kind] = survey(t, src)
-			continue
-		}
-		mountLoop(t, m.kind, img, src)
-		fillTree(t, src, files(), m.kind)
-		want[m.kind] = survey(t, src)
-		run(t, "umount", src)
+		images = append(images, m.filled(t, work, files(), func(dir string) { want[m.kind] = survey(t, dir) }))
 	}
 	disk := filepath.Join(work, "disk")
 	partitioned(t, disk, images)
@@ -412,13 +427,7 @@ func TestCrashConsistent(t *testing.T) {
 	var images, kinds []string
 	want := map[string]map[string]entry{}
 	for _, m := range append(mkfs[:4:4], mkfs[6]) { // those that have a journal, and ntfs-3g, which writes none
-		img := filepath.Join(work, m.kind)
-		run(t, "truncate", "-s", fmt.Sprintf("%dM", m.size), img)
-		run(t, "sh", "-c", m.cmd+" "+img+" > /dev/null")
-		dir := filepath.Join(work, m.kind+".dir")
-		if err := os.Mkdir(dir, 0o755); err != nil {
-			t.Fatal(err)
-		}
+		img, dir := m.empty(t, work)
 		mountLoop(t, m.kind, img, dir)
 		func() {
 			defer run(t, "umount", dir)
